@@ -1,0 +1,286 @@
+"""What the caller asks for: one class per step, the Recipe as their ordered list, and the whole request.
+
+Every setting carries its limits and refuses what it does not know. ``Compression`` is what the command
+line reads from a recipe file and what the body of ``POST /v1/jobs`` extends. Whether a legal request can be
+met *today* is not decided here but in ``plan.py``, by name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(value: object) -> object:
+    """Return the bytes in an integer or a string such as ``"20GB"`` (10^9) or ``"20GiB"`` (2^30)."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f'{value!r} is not a size; write an integer, "20GB" (10^9) or "20GiB" (2^30)')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[
+    int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "string"}]})
+]
+IntegerScheme = Literal["W8A16", "W4A16", "W3A16", "W2A16"]
+Scheme = Literal["W8A16", "W4A16", "W3A16", "W2A16", "FP8_DYNAMIC"]
+SchemeOrKeep = Literal["W8A16", "W4A16", "W3A16", "W2A16", "FP8_DYNAMIC", "keep"]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+BITS: dict[str, int] = {"W8A16": 8, "W4A16": 4, "W3A16": 3, "W2A16": 2, "FP8_DYNAMIC": 8}
+
+
+class Settings(BaseModel):
+    """Frozen, and closed to unknown names: a mistyped setting must not cost three GPU hours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(Settings):
+    """One method with its settings."""
+
+
+class Prune(Step):
+    """Set the least important weights inside every expert to zero."""
+
+    step: Literal["prune"] = "prune"
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0, description="Share of weights set to zero.")] | None = None
+    pattern: Literal["2:4", "4:8"] | None = Field(None, description="At most n non-zero in every m inputs.")
+    shared_experts: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Prune:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either sparsity or pattern")
+        return self
+
+
+class Quantize(Step):
+    """Store the weights of every expert as small integers with a scale per group of inputs."""
+
+    step: Literal["quantize"] = "quantize"
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
+    scheme: Scheme = "W4A16"
+    group_size: Literal[32, 64, 128, -1] | None = Field(
+        None, description="Inputs that share one scale; -1: the whole row. Default 128, or the largest that divides."
+    )
+    attention: SchemeOrKeep = Field("keep", description="Scheme for the attention projections.")
+    shared_experts: SchemeOrKeep = Field("keep", description="Scheme for shared experts.")
+    dense: SchemeOrKeep = Field("keep", description="Scheme for the feed-forward of blocks without experts.")
+
+
+class ExpertDrop(Step):
+    """Remove the experts that a criterion ranks lowest."""
+
+    step: Literal["expert_drop"] = "expert_drop"
+    criterion: Literal[
+        "routing_score", "frequency", "expert_norm", "reap", "man", "msan", "hope", "aimer", "reconstruction", "random"
+    ] = "reap"
+    scope: Literal["layer", "global"] = "layer"
+    experts_kept: Annotated[int, Field(gt=0, description="Routed experts left in each MoE layer.")] | None = None
+    fraction_dropped: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ExpertDrop:
+        if (self.experts_kept is None) == (self.fraction_dropped is None):
+            raise ValueError("give either experts_kept or fraction_dropped")
+        return self
+
+
+class ExpertMerge(Step):
+    """Fold the experts into fewer centroids."""
+
+    step: Literal["expert_merge"] = "expert_merge"
+    criterion: Literal["ream"] = "ream"
+    experts_kept: Annotated[int, Field(gt=0)]
+
+
+class LayerDrop(Step):
+    """Remove the MoE layers, with their norms, that change their input least."""
+
+    step: Literal["layer_drop"] = "layer_drop"
+    layers_dropped: Annotated[int, Field(gt=0)]
+    criterion: Literal["cosine"] = "cosine"
+
+
+class BlockDrop(Step):
+    """Remove the blocks that change their input least."""
+
+    step: Literal["block_drop"] = "block_drop"
+    blocks_dropped: Annotated[int, Field(gt=0)]
+    selection: Literal["discrete", "consecutive"] = "discrete"
+
+
+class ExpertSkip(Step):
+    """Skip an expert at run time when its routing weight is far below the first one's."""
+
+    step: Literal["expert_skip"] = "expert_skip"
+    beta: Literal["median"] | Annotated[float, Field(ge=0.0, le=1.0)] = "median"
+
+
+class Recover(Step):
+    """Train what compression hurt, block by block."""
+
+    step: Literal["recover"] = "recover"
+    method: Literal["router_distill", "block_distill", "lora", "full", "hyper_experts"]
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class Analyze(Step):
+    """Add the study's tables to the report; change nothing."""
+
+    step: Literal["analyze"] = "analyze"
+
+
+AnyStep = Annotated[
+    Prune | Quantize | ExpertDrop | ExpertMerge | LayerDrop | BlockDrop | ExpertSkip | Recover | Analyze,
+    Field(discriminator="step"),
+]
+STEPS: dict[str, type[Step]] = {
+    "prune": Prune,
+    "quantize": Quantize,
+    "expert_drop": ExpertDrop,
+    "expert_merge": ExpertMerge,
+    "layer_drop": LayerDrop,
+    "block_drop": BlockDrop,
+    "expert_skip": ExpertSkip,
+    "recover": Recover,
+    "analyze": Analyze,
+}
+_PHASE = {"analyze": 0, "prune": 2, "quantize": 3, "expert_skip": 3, "recover": 4}
+"""Normal form: analyze, trims in the order given (1), prune, quantize, recover."""
+
+
+class Recipe(Settings):
+    """An ordered list of steps."""
+
+    steps: Annotated[tuple[AnyStep, ...], Field(min_length=1, max_length=32)]
+
+    def in_normal_form(self) -> Recipe:
+        """Return the steps in the order in which they are worked; trims keep the order given."""
+        return Recipe(steps=tuple(sorted(self.steps, key=lambda step: _PHASE.get(step.step, 1))))
+
+
+class Serving(Settings):
+    """How the artifact will be served; decides the key-value cache and what must divide what."""
+
+    context_tokens: Annotated[int, Field(ge=0, le=2**31)] = 0
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=4096)] = 1
+    expert_parallel: Annotated[int, Field(ge=1, le=4096)] = 1
+    overhead: Bytes = 0
+
+
+class Constraints(Settings):
+    """The worst that is still acceptable."""
+
+    min_retention: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    on_violation: Literal["fail", "report"] = "fail"
+
+
+_MAX_INLINE = 2**20
+
+
+class InlineText(Settings):
+    """Documents given in the request itself, 1 MiB at most."""
+
+    inline: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @field_validator("inline")
+    @classmethod
+    def _small(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        size = sum(len(text.encode()) for text in texts)
+        if size > _MAX_INLINE:
+            raise ValueError(f"inline text is {size} bytes; at most {_MAX_INLINE}: put longer text in a file")
+        return texts
+
+
+def _known_text_source(source: str) -> str:
+    if source == "default" or re.match(r"(hub:|s3://|file://)", source):
+        return source
+    raise ValueError(
+        f'{source!r} is not a text source; write "hub:<dataset>[:config][:split]", "s3://...", "file://..." or {{"inline": [...]}}'
+    )
+
+
+TextSource = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_known_text_source)] | InlineText
+
+
+class Domain(Settings):
+    """One kind of text in a mixture."""
+
+    source: TextSource
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    name: str | None = None
+
+
+class Calibration(Settings):
+    """The text that statistics are taken on. ``"default"`` is for trying slimtrim out; the report says so."""
+
+    source: TextSource | Annotated[tuple[Domain, ...], Field(min_length=1, max_length=16)] = "default"
+    samples: Annotated[int, Field(ge=1, le=2**20)] = 128
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Perplexity(Settings):
+    """Held-out text on which loss and divergence are measured."""
+
+    source: TextSource = "default"
+    samples: Annotated[int, Field(ge=1, le=2**20)] = 64
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)] | None = Field(None, description="Default: as calibration.")
+
+
+class Evaluation(Settings):
+    """What is measured on the original and on the artifact."""
+
+    perplexity: Perplexity = Perplexity()
+    benchmarks: tuple[str, ...] = ()
+    speed: bool = False
+
+
+class Compression(Settings):
+    """The whole request. Only ``model`` and one of ``target_memory`` and ``recipe`` are needed."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] = "main"
+    target_memory: Bytes | None = None
+    recipe: Literal["auto"] | Recipe = "auto"
+    profile: Literal["portable", "custom"] = "portable"
+    serving: Serving = Serving()
+    constraints: Constraints = Constraints()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _auto_needs_a_target(self) -> Compression:
+        if self.recipe == "auto" and self.target_memory is None:
+            raise ValueError('recipe "auto" needs target_memory; give one of target_memory and recipe')
+        return self
+
+
+def step_schema(step: type[Step]) -> dict[str, Any]:
+    """Return the JSON Schema of one step's settings."""
+    return step.model_json_schema()
