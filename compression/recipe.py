@@ -66,7 +66,7 @@ class Prune(Step):
     step: Literal["prune"] = "prune"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0, description="Share of weights set to zero.")] | None = None
-    pattern: Literal["2:4", "4:8"] | None = Field(None, description="At most n non-zero in every m inputs.")
+    pattern: Literal["2:4", "4:8"] | None = Field(default=None, description="At most n non-zero in every m inputs.")
     shared_experts: bool = False
 
     @model_validator(mode="after")
@@ -85,9 +85,9 @@ class Quantize(Step):
     group_size: Literal[32, 64, 128, -1] | None = Field(
         None, description="Inputs that share one scale; -1: the whole row. Default 128, or the largest that divides."
     )
-    attention: SchemeOrKeep = Field("keep", description="Scheme for the attention projections.")
-    shared_experts: SchemeOrKeep = Field("keep", description="Scheme for shared experts.")
-    dense: SchemeOrKeep = Field("keep", description="Scheme for the feed-forward of blocks without experts.")
+    attention: SchemeOrKeep = Field(default="keep", description="Scheme for the attention projections.")
+    shared_experts: SchemeOrKeep = Field(default="keep", description="Scheme for shared experts.")
+    dense: SchemeOrKeep = Field(default="keep", description="Scheme for the feed-forward of blocks without experts.")
 
 
 class ExpertDrop(Step):
@@ -180,7 +180,11 @@ class Recipe(Settings):
 
     def in_normal_form(self) -> Recipe:
         """Return the steps in the order in which they are worked; trims keep the order given."""
-        return Recipe(steps=tuple(sorted(self.steps, key=lambda step: _PHASE.get(step.step, 1))))
+        return Recipe(steps=tuple(self.steps[position] for position in self.normal_order()))
+
+    def normal_order(self) -> tuple[int, ...]:
+        """Return the positions of the steps in the order in which they are worked."""
+        return tuple(sorted(range(len(self.steps)), key=lambda position: _PHASE.get(self.steps[position].step, 1)))
 
 
 class Serving(Settings):
@@ -221,7 +225,8 @@ def _known_text_source(source: str) -> str:
     if source == "default" or re.match(r"(hub:|s3://|file://)", source):
         return source
     raise ValueError(
-        f'{source!r} is not a text source; write "hub:<dataset>[:config][:split]", "s3://...", "file://..." or {{"inline": [...]}}'
+        f"{source!r} is not a text source; "
+        'write "hub:<dataset>[:config][:split]", "s3://...", "file://..." or {"inline": [...]}'
     )
 
 
@@ -250,7 +255,7 @@ class Perplexity(Settings):
 
     source: TextSource = "default"
     samples: Annotated[int, Field(ge=1, le=2**20)] = 64
-    sequence_length: Annotated[int, Field(ge=8, le=2**20)] | None = Field(None, description="Default: as calibration.")
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)] | None = Field(default=None, description="Default: as calibration.")
 
 
 class Evaluation(Settings):

@@ -1,0 +1,207 @@
+"""What did happen: sizes, a ledger row per weight, what became of each block, and what quality it cost.
+
+The report is data. Its worst news comes first in ``lost``, in sentences drawn from the numbers below them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+
+class Record(BaseModel):
+    """Frozen data; unknown names are our own mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LedgerRow(Record):
+    """What was done to one weight."""
+
+    tensor: str
+    """Its saved name in the artifact, before packing."""
+    scheme: str
+    method_asked: str
+    method_used: str
+    """``rtn`` where the calibration said nothing about the weight's inputs."""
+    tokens: int | None
+    """Calibration tokens that went through the weight; None where none were needed."""
+    damping: float | None
+    """Multiple of the mean diagonal added to the Gram matrix; None where none was used."""
+    error: float
+    """Relative squared error, of ``error_of``: the weight's outputs on the calibration tokens, or the weight itself."""
+    error_of: Literal["outputs", "weights"]
+
+
+class BlockRow(Record):
+    """What became of one block of the source."""
+
+    index: int
+    """In the source."""
+    action: Literal["keep", "drop"]
+    index_after: int | None
+    experts_kept: tuple[int, ...] | None
+    """Ids of the source's experts that stay, in their new order; None for a dense or dropped block."""
+    experts_before: int | None
+    cosine: float | None
+    """Mean cosine between the block's input and output; None when no study was needed."""
+    expert_tokens: tuple[int, ...] | None
+    """Calibration tokens per expert of the source; None when no study was needed."""
+
+
+class Quality(Record):
+    """Original and artifact on the same held-out tokens. Losses and divergence in nats per token."""
+
+    tokens: int
+    loss_before: float
+    loss_after: float
+    divergence: float
+    """Mean KL divergence of the artifact's next-token distribution from the original's."""
+    top1_agreement: float
+    """Share of tokens on which both predict the same next token."""
+
+    @computed_field
+    @property
+    def perplexity_before(self) -> float:
+        """Perplexity of the original."""
+        return math.exp(self.loss_before)
+
+    @computed_field
+    @property
+    def perplexity_after(self) -> float:
+        """Perplexity of the artifact."""
+        return math.exp(self.loss_after)
+
+    @computed_field
+    @property
+    def retention(self) -> float:
+        """exp(loss before - loss after): 1 means nothing was lost."""
+        return math.exp(self.loss_before - self.loss_after)
+
+
+class Verification(Record):
+    """The proof that the artifact opens and is what was computed."""
+
+    opened_with: str
+    """The stock loader and its version."""
+    mode: Literal["whole", "windows"]
+    """As a whole, or in windows of blocks where the dense model does not fit into memory."""
+    largest_logit_difference: float
+    tokens: int
+    tensors_scanned: int
+    """Tensors checked for non-finite values and, where they are scales, for zeros."""
+    rules_of_vllm: Literal["checked on the plan, engine not run"] = "checked on the plan, engine not run"
+
+
+class Report(Record):
+    """The whole report, as stored and served."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    revision: str
+    profile: str
+    steps: tuple[dict[str, Any], ...]
+    bytes_before: int
+    bytes_after: int
+    bytes_planned: int
+    target_bytes: int | None
+    memory: dict[str, int]
+    components: dict[str, int]
+    quality: Quality
+    lost: tuple[str, ...]
+    warnings: tuple[dict[str, str], ...]
+    blocks: tuple[BlockRow, ...]
+    ledger: tuple[LedgerRow, ...]
+    verification: Verification
+    calibration: dict[str, Any] | None
+    evaluation: dict[str, Any]
+    seconds: dict[str, float]
+    """Wall-clock seconds per stage."""
+    peak_memory_bytes: dict[str, int]
+    """Peak resident memory of the process, and peak of the accelerator where there is one."""
+    versions: dict[str, str]
+
+    @computed_field
+    @property
+    def ratio(self) -> float:
+        """Bytes before over bytes after: bigger is better."""
+        return self.bytes_before / self.bytes_after
+
+    def result(self) -> dict[str, Any]:
+        """Return the summary that a job shows; the store adds ``manifest_sha256``."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "ratio": self.ratio,
+            "retention": self.quality.retention,
+            "perplexity_before": self.quality.perplexity_before,
+            "perplexity_after": self.quality.perplexity_after,
+            "divergence": self.quality.divergence,
+            "verified": True,
+        }
+
+
+def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...]) -> tuple[str, ...]:
+    """Return what was lost, in sentences, the worst first."""
+    news: list[str] = []
+    change = quality.perplexity_after / quality.perplexity_before - 1
+    news.append(
+        f"Perplexity went from {quality.perplexity_before:.2f} to {quality.perplexity_after:.2f} ({change:+.1%}) on "
+        f"{quality.tokens} held-out tokens; the next token differs for {1 - quality.top1_agreement:.1%} of them."
+    )
+    if dropped := [row.index for row in blocks if row.action == "drop"]:
+        news.append(f"{len(dropped)} of {len(blocks)} blocks are gone: {_listed(dropped)}.")
+    if gone := sum(row.experts_before - len(row.experts_kept) for row in blocks if row.experts_kept and row.experts_before):
+        news.append(f"{gone} experts are gone from the blocks that stay.")
+    if rounded := [row for row in ledger if row.method_used != row.method_asked]:
+        names = _listed([row.tensor for row in rounded])
+        news.append(f"{len(rounded)} of {len(ledger)} weights could not be calibrated and were rounded to nearest: {names}.")
+    if ledger:
+        worst = max(ledger, key=lambda row: row.error)
+        news.append(f"The largest relative error of a weight's {worst.error_of} is {worst.error:.2%}, in {worst.tensor}.")
+    return tuple(news)
+
+
+def model_card(report: Report) -> str:
+    """Return the artifact's README.md: hub metadata, what was done, what was lost, how to open it."""
+    steps = "\n".join(
+        f"- `{step['step']}`: " + ", ".join(f"{k} {v}" for k, v in step.items() if k != "step") for step in report.steps
+    )
+    lost = "\n".join(f"- {line}" for line in report.lost)
+    quality = report.quality
+    return f"""---
+base_model: {report.model}
+base_model_relation: quantized
+library_name: transformers
+tags: [mixture-of-experts, slimtrim, compressed-tensors]
+---
+
+# {report.model}, made smaller by slimtrim
+
+| | original | this artifact |
+|---|---|---|
+| bytes of tensors | {report.bytes_before} | {report.bytes_after} ({report.ratio:.2f} times smaller) |
+| perplexity | {quality.perplexity_before:.3f} | {quality.perplexity_after:.3f} |
+| divergence from the original | 0 | {quality.divergence:.4f} nats per token |
+
+## What was lost
+
+{lost}
+
+## What was done
+
+{steps}
+
+Profile `{report.profile}`: opens in stock transformers with `AutoModelForCausalLM.from_pretrained`. Stock transformers
+unpacks quantized experts when it loads them and then needs about {report.memory["transformers"]} bytes; an engine that
+computes on packed weights needs {report.memory["packed_engine"]}. Opened again before publication with
+{report.verification.opened_with}: largest difference of a logit {report.verification.largest_logit_difference}.
+Every number is in `report.json`.
+"""
+
+
+def _listed(items: list[Any]) -> str:
+    shown = ", ".join(str(item) for item in items[:8])
+    return shown if len(items) <= 8 else f"{shown} and {len(items) - 8} more"
