@@ -1,0 +1,207 @@
+"""One block made live on the device from the stock transformers class, and let go.
+
+The stock model is built on ``meta``, where it costs nothing. What lies outside the blocks (embeddings, final
+norm, head) is loaded once; a block is loaded through transformers' own conversion and quantizer hooks when it
+is visited and sent back to ``meta`` afterwards. What the stock model would pass to each block is recorded by
+running the stock forward once with every block's ``forward`` replaced, never rebuilt by hand; the same trick
+turns the last activations into logits.
+
+Every half-private transformers function this library needs is used in this file and nowhere else.
+
+Shapes: B sequences, S tokens each, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from compressed_tensors.compressors import decompress_module
+from compressed_tensors.quantization.utils import is_module_quantized
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging as transformers_logging
+
+from compression.errors import BrokenCheckpoint
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments, besides the hidden states, with which the stock model calls one block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the stock model does with one batch before and around its blocks."""
+
+    hidden_BSD: Tensor
+    calls: tuple[Call, ...]
+
+
+class Shell:
+    """A stock causal language model whose blocks are empty until they are visited."""
+
+    def __init__(self, config: Mapping[str, Any], outside: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Build the model of a config.json; ``outside`` holds the saved tensors that belong to no block."""
+        self.device = torch.device(device)
+        self.dtype = dtype_of(config)
+        self._config = stock_config(config)
+        self._quantizer = None
+        if getattr(self._config, "quantization_config", None) is not None:
+            self._quantizer, self._config, _ = get_hf_quantizer(
+                self._config, None, {"": self.device}, True, {"framework": "pytorch", "from_auto": False}
+            )
+        with torch.device("meta"), quiet():
+            build = AutoModelForCausalLM._model_mapping[type(self._config)]  # type: ignore[index]
+            self.model = cast(PreTrainedModel, build._from_config(self._config, dtype=self.dtype)).eval()
+            if self._quantizer is not None:
+                self._quantizer.preprocess_model(
+                    model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+                )
+                # The stock hook unpacks the whole model at its first forward; here every block is unpacked alone.
+                self._quantizer.compressor.remove_decompression_hook(self.model)
+        self.blocks = cast(nn.ModuleList, self.model.get_decoder().layers)
+        self._load(outside)
+        self.model.tie_weights()
+        in_blocks = set(self.blocks.modules())
+        _revive_buffers(self.model, [m for m in self.model.modules() if m not in in_blocks], self.device)
+        self._refuse_holes((n, t) for n, t in _tensors(self.model) if ".layers." not in n)
+
+    @contextmanager
+    def live(self, index: int, saved: Mapping[str, Tensor]) -> Generator[nn.Module]:
+        """Yield block ``index`` on the device, holding the saved tensors; empty it afterwards."""
+        empty = self.blocks[index]
+        block = self.blocks[index] = deepcopy(empty)  # nothing but shapes so far; unpacking will change its layout
+        try:
+            self._load(saved)
+            _revive_buffers(self.model, list(block.modules()), self.device)
+            self._refuse_holes((f"model.layers.{index}.{n}", t) for n, t in _tensors(block))
+            _unpack(block)
+            yield block
+        finally:
+            self.blocks[index] = empty
+
+    @torch.no_grad()
+    def record(self, ids_BS: Tensor, attention_mask_BS: Tensor | None = None) -> Recording:
+        """Return the first block's input and every block's call for a batch of token ids."""
+        calls: list[Call | None] = [None] * len(self.blocks)
+        first: list[Tensor] = []
+
+        def recorder(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                first.append(hidden_BSD)
+                calls[index] = Call(args, kwargs)
+                return hidden_BSD
+
+            return forward
+
+        with self._replaced_forwards(recorder):
+            self.model.get_decoder()(
+                input_ids=ids_BS.to(self.device), attention_mask=_to(attention_mask_BS, self.device), use_cache=False
+            )
+        return Recording(first[0], tuple(cast(list[Call], calls)))
+
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor, hidden_BSD: Tensor) -> Tensor:
+        """Return the stock model's logits [B, S, V] for the last block's output."""
+        last = len(self.blocks) - 1
+
+        def stub(index: int) -> Callable[..., Tensor]:
+            return lambda hidden, *args, **kwargs: hidden_BSD.to(self.device) if index == last else hidden
+
+        with self._replaced_forwards(stub):
+            return self.model(input_ids=ids_BS.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _replaced_forwards(self, make: Callable[[int], Callable[..., Tensor]]) -> Generator[None]:
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = make(index)
+            yield
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+    def _load(self, saved: Mapping[str, Tensor]) -> None:
+        # The transforms keep state while they run, so every load gets its own copy.
+        mapping = deepcopy(get_model_conversion_mapping(self.model, None, self._quantizer))
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=mapping,
+            hf_quantizer=self._quantizer,
+            device_map={"": self.device},
+        )
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(saved), config)
+        if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
+            problems = [*info.conversion_errors.items(), *info.mismatched_keys, *sorted(info.unexpected_keys)]
+            raise BrokenCheckpoint(f"the stock loader does not accept these tensors: {problems[:3]}")
+
+    def _refuse_holes(self, tensors: Any) -> None:
+        holes = [name for name, tensor in tensors if tensor.is_meta]
+        if holes:
+            raise BrokenCheckpoint(f"the checkpoint has no tensor for {', '.join(sorted(holes)[:3])}")
+
+
+def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the stock config object for the contents of a config.json."""
+    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype in which the stock loader runs a model whose config.json names one."""
+    return _DTYPES[config.get("dtype") or config["torch_dtype"]]
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _revive_buffers(model: PreTrainedModel, modules: list[nn.Module], device: torch.device) -> None:
+    # Buffers that are not saved (rotary tables) were built on meta too: the stock initialiser fills them.
+    for module in modules:
+        missing = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None and module._buffers[n].is_meta]
+        for name in missing:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if missing:
+            model._init_weights(module)
+
+
+def _unpack(block: nn.Module) -> None:
+    for module in block.modules():
+        if is_module_quantized(module):
+            decompress_module(module)
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Silence the stock loader: it draws a bar and lists every other block as missing, once per block."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""One block's tensors, and nothing else.
+
+Offsets come from the headers that ``headers.py`` has already checked, so reading is a seek and a read into
+fresh memory: no mapped pages stay behind when the block is let go.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from compression.architectures import block_of
+from compression.checkpoint.headers import Checkpoint, FolderFiles, TensorHeader, read_checkpoint
+from compression.errors import BrokenCheckpoint, NonFiniteWeights
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_CONFIG_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+class Reader:
+    """A checkpoint in a folder, read a block at a time."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint if checkpoint is not None else read_checkpoint(FolderFiles(folder))
+        self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
+        for header in self.checkpoint.tensors.values():
+            self._blocks[block_of(header.name)].append(header)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, with the dtype filled in where it is silent: that of the weights, as the stock loader decides."""
+        config = self.checkpoint.config
+        if config.get("dtype") or config.get("torch_dtype"):
+            return config
+        floating = (h.dtype for h in self.checkpoint.tensors.values() if h.dtype in _CONFIG_DTYPES)
+        return {**config, "dtype": _CONFIG_DTYPES[next(floating, "F32")]}
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return the saved tensors of one block, by their full saved names."""
+        return self._read(self._blocks.get(index, ()))
+
+    def outside(self) -> dict[str, Tensor]:
+        """Return the saved tensors that belong to no block: embeddings, final norm, head."""
+        return self._read(self._blocks[None])
+
+    def _read(self, headers: Iterable[TensorHeader]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        by_file: defaultdict[str, list[TensorHeader]] = defaultdict(list)
+        for header in headers:
+            by_file[header.file].append(header)
+        for file, inside in by_file.items():
+            with (self.folder / file).open("rb") as handle:
+                for header in sorted(inside, key=lambda h: h.start):
+                    handle.seek(header.start)
+                    tensors[header.name] = _tensor(header, bytearray(header.bytes), handle)
+        return tensors
+
+
+def refuse_non_finite(tensors: dict[str, Tensor]) -> None:
+    """Raise NonFiniteWeights naming the first tensor that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        # One pass without a temporary of the tensor's size: a sum is finite only if every term is.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise NonFiniteWeights(f"{name} holds a NaN or an infinity; the checkpoint cannot be used as it is")
+
+
+def _tensor(header: TensorHeader, buffer: bytearray, handle: BinaryIO) -> Tensor:
+    if handle.readinto(buffer) != len(buffer):
+        raise BrokenCheckpoint(f"{header.file} ends inside {header.name}; fetch the file again")
+    dtype = TORCH_DTYPES[header.dtype]
+    if not buffer:
+        return torch.empty(header.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(header.shape)

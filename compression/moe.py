@@ -1,0 +1,86 @@
+"""MoELayer: the router and the stacked experts of any supported block.
+
+Every supported family calls its experts module with three positional tensors: tokens, chosen experts, routing
+weights. Watching that one call shows the router's own decision, whatever the router does inside (softmax,
+sigmoid with correction bias, groups). This module contains no model name.
+
+Shapes: T tokens, K experts per token, D width, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from compression.architectures import Architecture
+
+
+class Routed(NamedTuple):
+    """One call of an experts module: what the router decided for each token."""
+
+    x_TD: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+class MoELayer:
+    """The mixture inside one live block."""
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self.count: int = experts.down_proj.shape[0]
+        self.width: int = experts.down_proj.shape[1 if experts.is_transposed else 2]
+
+    @contextmanager
+    def watched(self, see: Callable[[Routed], None], *, skip: bool = False) -> Generator[None]:
+        """Call ``see`` at every call of the experts; with ``skip`` they answer zeros and compute nothing."""
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            see(Routed(*args[:3]))
+
+        hook = self.experts.register_forward_pre_hook(look)
+        if skip:
+            self.experts.forward = lambda x_TD, *_: torch.zeros_like(x_TD)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.experts.__dict__.pop("forward", None)
+
+    def gated(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return what enters the expert's ``down_proj`` [T, F]."""
+        return self.experts._apply_gate(self._project("gate_up_proj", expert, x_TD))  # type: ignore[operator]
+
+    def output(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return the expert's output [T, D] before the routing weight."""
+        return self._project("down_proj", expert, self.gated(expert, x_TD))
+
+    def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
+        weight = getattr(self.experts, name)[expert]
+        # The stock decorator marks families that store [in, out] and those with biases.
+        y = x @ (weight if self.experts.is_transposed else weight.mT)
+        return y + getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else y
+
+
+def moe_layer(architecture: Architecture, block: nn.Module) -> MoELayer | None:
+    """Return the block's mixture, or None where the block is dense."""
+    module: Any = block
+    for part in architecture.running_experts.split("."):
+        module = getattr(module, part, None)
+    return MoELayer(module) if module is not None and hasattr(module, "down_proj") else None
+
+
+def by_expert(ids_TK: Tensor, count: int) -> Generator[tuple[int, Tensor, Tensor]]:
+    """Yield each expert that was chosen, the tokens that chose it, and in which of the K places."""
+    order = ids_TK.flatten().argsort(stable=True)
+    counts = torch.bincount(ids_TK.flatten(), minlength=count).tolist()
+    start = 0
+    for expert, size in enumerate(counts):
+        if size:
+            pairs = order[start : start + size]
+            yield expert, pairs // ids_TK.shape[1], pairs % ids_TK.shape[1]
+        start += size

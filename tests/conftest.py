@@ -1,0 +1,46 @@
+"""Fixtures that several folders share. Nothing heavy is imported here: tests/api runs without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model_factory("mixtral", dtype="bfloat16")`` -> a checkpoint folder, one per set of arguments.
+
+    The arguments are those of ``tests.tiny_models.build``. The folder is shared: copy it before changing it.
+    """
+    from tests import tiny_models
+
+    built: dict[str, Path] = {}
+
+    def factory(model_type: str, **options: Any) -> Path:
+        key = repr((model_type, sorted(options.items())))
+        if key not in built:
+            built[key] = tiny_models.build(model_type, tmp_path_factory.mktemp(model_type), **options)
+        return built[key]
+
+    return factory
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds only the tokenizer of the tiny models."""
+    from tests import tiny_models
+
+    return tiny_models.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder of reference data and models beside the repository; without it the test is skipped by name."""
+    if not _SHARED.is_dir():
+        pytest.skip("NOT RUN: the folder 'shared' with reference data and models is not beside the repository")
+    return _SHARED
