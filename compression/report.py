@@ -166,19 +166,17 @@ def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[Le
 
 def model_card(report: Report) -> str:
     """Return the artifact's README.md: hub metadata, what was done, what was lost, how to open it."""
-    steps = "\n".join(
-        f"- `{step['step']}`: " + ", ".join(f"{k} {v}" for k, v in step.items() if k != "step") for step in report.steps
-    )
+    steps = "\n".join(f"- `{step['step']}`: {_settings(step)}" for step in report.steps)
+    name = report.model.rstrip("/").rsplit("/", 1)[-1] if "://" in report.model else report.model
+    base = f"base_model: {name}\nbase_model_relation: quantized\n" if name == report.model else ""
     lost = "\n".join(f"- {line}" for line in report.lost)
     quality = report.quality
     return f"""---
-base_model: {report.model}
-base_model_relation: quantized
-library_name: transformers
+{base}library_name: transformers
 tags: [mixture-of-experts, slimtrim, compressed-tensors]
 ---
 
-# {report.model}, made smaller by slimtrim
+# {name}, made smaller by slimtrim
 
 | | original | this artifact |
 |---|---|---|
@@ -200,6 +198,10 @@ computes on packed weights needs {report.memory["packed_engine"]}. Opened again 
 {report.verification.opened_with}: largest difference of a logit {report.verification.largest_logit_difference}.
 Every number is in `report.json`.
 """
+
+
+def _settings(step: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in step.items() if key != "step" and value is not None)
 
 
 def _listed(items: list[Any]) -> str:

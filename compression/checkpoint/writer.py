@@ -1,0 +1,120 @@
+"""Shards as blocks finish, then the index; config, tokenizer and everything else a stock loader opens.
+
+One shard per block: a finished block is a finished file, and verification can open any window of blocks from
+the shards that hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compression.architectures import Architecture
+from compression.recipe import BITS, Quantize
+
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "quantize_config.json"}
+_COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
+_COPIED_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY"}
+
+
+class Writer:
+    """The artifact's folder, filled in the order in which blocks finish."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Write config.json at once: from here on the folder says what it is going to hold."""
+        self.folder = folder
+        self.bytes = 0
+        """Tensor bytes written so far."""
+        self._shards = int(config["num_hidden_layers"]) + 1
+        self._weight_map: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+
+    def outside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write the tensors that belong to no block and return them as a loader reads them."""
+        return self._write(0, tensors)
+
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write one block's shard and return its tensors as a loader reads them."""
+        return self._write(index + 1, tensors)
+
+    def finish(self, source: Path) -> None:
+        """Write the index, and copy what is neither weights nor code from the source's folder."""
+        metadata = {"total_size": self.bytes}
+        weight_map = dict(sorted(self._weight_map.items()))
+        write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+        for file in sorted(source.iterdir()):
+            wanted = file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES
+            if file.is_file() and wanted and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, self.folder / file.name)
+
+    def _write(self, shard: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = shard_name(shard, self._shards)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name, {"format": "pt"})
+        self._weight_map |= dict.fromkeys(tensors, name)
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return load_file(self.folder / name)
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """Return the file name of shard ``shard``, counted from 0; shard 0 holds what lies outside the blocks."""
+    return f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON as people and stock tools expect it: indented, with a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def quantization_config(architecture: Architecture, step: Quantize) -> dict[str, Any]:
+    """Return the ``quantization_config`` that stock transformers and vLLM's rules read.
+
+    The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
+    for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
+    """
+    parts = {
+        r"\.experts\.": step.scheme,
+        r"\.self_attn\.": step.attention,
+        **{rf"\.{module}\.": step.shared_experts for module in architecture.shared_experts if not module.endswith("_gate")},
+        r"\.mlp\.(gate|up|down)_proj$": step.dense,
+    }
+    groups: dict[str, list[str]] = {}
+    for pattern, scheme in parts.items():
+        if scheme != "keep":
+            groups.setdefault(scheme, []).append(f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*"))
+    if len(groups) == 1:
+        groups = {step.scheme: ["Linear"]}
+    # By saved and by running name: stock transformers matches running modules, other engines saved ones.
+    routers = sorted({architecture.router, architecture.running_router.rsplit(".", 1)[-1]})
+    ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
+    ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
+    ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{number}": _group(scheme, step.group_size or -1, targets)
+            for number, (scheme, targets) in enumerate(groups.items())
+        },
+    }
+
+
+def _group(scheme: str, group_size: int, targets: list[str]) -> dict[str, Any]:
+    grouped = {"strategy": "channel", "group_size": None} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    weights = {"num_bits": BITS[scheme], "type": "int", "symmetric": True, "dynamic": False, **grouped}
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }

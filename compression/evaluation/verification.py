@@ -1,0 +1,139 @@
+"""Reopen the artifact with the stock loader and compare: it must be, bit for bit, the model that was computed.
+
+Where the dense model fits into memory it is opened as a whole. Where it does not, it is opened in windows: a folder
+that holds the shards of a few blocks and a config cut to them, which ``from_pretrained`` opens as the small model it
+is; hidden states are handed from window to window. Equality is demanded at equal batch shape, without a tolerance.
+
+Shapes: B sequences, S tokens each, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compression.architectures import Architecture, block_of
+from compression.block import quiet
+from compression.checkpoint.reader import Reader
+from compression.checkpoint.writer import write_json
+from compression.errors import VerificationFailed
+from compression.report import Verification
+from compression.sweep import OnBlock
+from compression.trimming import Cuts
+from compression.trimming.surgery import cut_config
+
+_BLOCKS_PER_WINDOW = 2
+
+
+def verify(
+    artifact: Path,
+    architecture: Architecture,
+    *,
+    ids_BS: Tensor,
+    logits_BSV: Tensor,
+    whole: bool,
+    on_block: OnBlock,
+) -> Verification:
+    """Prove that stock transformers opens the artifact and computes ``logits_BSV`` for ``ids_BS``.
+
+    ``whole``: open it as a whole, for which the dense model must fit into memory. Raises VerificationFailed.
+    """
+    reader = Reader(artifact)
+    scanned = _scan(reader, on_block)
+    mode = "whole" if whole else "windows"
+    opened_BSV = (
+        _whole(artifact, ids_BS, logits_BSV.device)
+        if whole
+        else in_windows(artifact, architecture, ids_BS=ids_BS, device=logits_BSV.device)
+    )
+    difference = float((opened_BSV.float() - logits_BSV.float()).abs().max())
+    if not torch.equal(opened_BSV, logits_BSV):
+        raise VerificationFailed(
+            f"reopened {mode} with stock transformers, the artifact's logits differ by up to {difference} from those "
+            "computed while compressing; it is not published"
+        )
+    return Verification(
+        opened_with=f"transformers {transformers.__version__}",
+        mode=mode,
+        largest_logit_difference=difference,
+        tokens=ids_BS.numel(),
+        tensors_scanned=scanned,
+    )
+
+
+def in_windows(
+    artifact: Path, architecture: Architecture, *, ids_BS: Tensor, device: torch.device, blocks: int = _BLOCKS_PER_WINDOW
+) -> Tensor:
+    """Return the logits [B, S, V] of an artifact that is never in memory as a whole."""
+    count = int(json.loads((artifact / "config.json").read_text())["num_hidden_layers"])
+    inputs: dict[str, Tensor] = {"input_ids": ids_BS.to(device)}
+    logits_BSV = torch.empty(0)
+    for first in range(0, count, blocks):
+        window = range(first, min(first + blocks, count))
+        with tempfile.TemporaryDirectory(prefix="slimtrim-window-") as folder:
+            model = _open(_window(artifact, architecture, window, Path(folder)), device, window)
+            logits_BSV, hidden_BSD = _run(model, inputs)
+            inputs = {"inputs_embeds": hidden_BSD}
+            del model
+    return logits_BSV
+
+
+def _scan(reader: Reader, on_block: OnBlock) -> int:
+    blocks = int(reader.checkpoint.config["num_hidden_layers"])
+    scanned = 0
+    for index in range(-1, blocks):
+        for name, tensor in (reader.outside() if index < 0 else reader.block(index)).items():
+            scanned += 1
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise VerificationFailed(f"{name} holds a NaN or an infinity; the artifact is not published")
+            if name.endswith("_scale") and not (tensor != 0).all():
+                raise VerificationFailed(f"{name} holds a zero scale; the artifact is not published")
+        on_block(index + 1, blocks, f"scanned {index + 1} of {blocks} blocks")
+    return scanned
+
+
+def _whole(artifact: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
+    return _run(_open(artifact, device, range(0)), {"input_ids": ids_BS.to(device)})[0]
+
+
+def _open(folder: Path, device: torch.device, window: range) -> Any:
+    renamed = {rf"model\.layers\.{block}\.": f"model.layers.{place}." for place, block in enumerate(window)}
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True
+        )
+    # The tensors of a tied head are never in the files; everything else must be.
+    if problems := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]), *sorted(info["mismatched_keys"])]:
+        raise VerificationFailed(f"the stock loader misses or does not know {', '.join(map(str, problems[:3]))}")
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    left: list[Tensor] = []
+
+    def take(module: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        left.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = model.get_decoder().layers[-1].register_forward_hook(take)
+    logits_BSV = model(**inputs, use_cache=False).logits
+    hook.remove()
+    return logits_BSV, left[0]
+
+
+def _window(artifact: Path, architecture: Architecture, window: range, folder: Path) -> Path:
+    config = json.loads((artifact / "config.json").read_text())
+    write_json(folder / "config.json", cut_config(config, architecture, Cuts(tuple(window), {})))
+    index = json.loads((artifact / "model.safetensors.index.json").read_text())
+    weight_map = {name: file for name, file in index["weight_map"].items() if block_of(name) is None or block_of(name) in window}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    for file in set(weight_map.values()):
+        (folder / file).symlink_to((artifact / file).resolve())
+    return folder

@@ -1,0 +1,240 @@
+"""compress(): study, plan, compress, evaluate, verify. The table of contents."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import compressed_tensors
+import psutil
+import torch
+import transformers
+
+from compression.architectures import Architecture, find_architecture
+from compression.block import Shell
+from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
+from compression.checkpoint.reader import Reader
+from compression.checkpoint.writer import Writer, quantization_config, write_json
+from compression.compress import Compressor
+from compression.errors import ConstraintViolated, VerificationFailed
+from compression.evaluation.perplexity import measure
+from compression.evaluation.verification import verify
+from compression.methods import QUANTIZERS, choose_cuts
+from compression.plan import Plan, make_plan
+from compression.progress import Listener, Progress, Silent, Stage
+from compression.recipe import AnyStep, BlockDrop, Compression, ExpertDrop, Quantize, Recipe
+from compression.report import BlockRow, LedgerRow, Quality, Report, Verification, model_card, worst_first
+from compression.study import Observer, Study
+from compression.sweep import Stream, sweep
+from compression.trimming import Cuts
+from compression.trimming.surgery import cut_config
+
+
+def compress(
+    request: Compression, model: Path, out: Path, listener: Listener | None = None, *, host_memory: int | None = None
+) -> Report:
+    """Compress the checkpoint in folder ``model`` into folder ``out`` as the request asks, and report what was lost.
+
+    ``host_memory``: bytes that this run may plan with; what is free when it is not given.
+    Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
+    """
+    run = Run(request, Reader(model), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
+    with run.stage("planning"):
+        run.plan_and_load_text()
+    with run.stage("studying"):
+        run.study_and_choose()
+    with run.stage("compressing"):
+        run.compress_blocks()
+    with run.stage("evaluating"):
+        run.evaluate()
+    with run.stage("verifying"):
+        run.verify()
+    report = run.report()
+    write_json(out / "report.json", report.model_dump(mode="json"))
+    (out / "README.md").write_text(model_card(report), encoding="utf-8")
+    run.refuse_violations(report)
+    return report
+
+
+@dataclass
+class Run:
+    """What the stages of one run hand to each other."""
+
+    request: Compression
+    reader: Reader
+    out: Path
+    listener: Listener
+    host_memory: int
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    seconds: dict[str, float] = field(default_factory=dict)
+    study: Study | None = None
+
+    def __post_init__(self) -> None:
+        self.architecture: Architecture = find_architecture(self.reader.config)
+        shares: dict[Stage, float] = {"planning": 1, "studying": 15, "compressing": 50, "evaluating": 25, "verifying": 9}
+        self.progress = Progress(self.listener, shares)
+
+    @contextmanager
+    def stage(self, name: Stage) -> Generator[None]:
+        """Announce a stage and take its time."""
+        self.progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def plan_and_load_text(self) -> None:
+        """Resolve the recipe against the headers; read the text that it is calibrated and judged on."""
+        self.plan: Plan = make_plan(self.request, self.reader.checkpoint)
+        self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": self.plan.steps}).steps
+        self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
+        self.trims = tuple(step for step in self.steps if isinstance(step, ExpertDrop | BlockDrop))
+        settings = self.request.calibration
+        folder = self.reader.folder
+        needed = bool(self.trims) or (self.quantize is not None and QUANTIZERS[self.quantize.method].needs_gram)
+        self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
+        length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
+        self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
+        if self.calibration is not None:
+            refuse_overlap(self.calibration, self.evaluation)
+        for warning in self.plan.warnings:
+            self.progress.warn(warning.code, warning.message)
+
+    def study_and_choose(self) -> None:
+        """Look at the untouched model once, and decide what goes."""
+        config = self.reader.config
+        everything = range(int(config["num_hidden_layers"]))
+        mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.checkpoint.tensors]
+        experts = {b: self.reader.checkpoint.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
+        whole = Cuts(tuple(everything), {b: tuple(range(experts[b])) for b in mixtures})
+        if self.trims:
+            assert self.calibration is not None
+            norms = any(isinstance(step, ExpertDrop) and step.criterion == "reap" for step in self.trims)
+            observer = Observer(self.architecture, self.calibration.domain_N, output_norms=norms)
+            shell = Shell(config, self.reader.outside(), self.device)
+            sweep(shell, self.reader, Stream(shell, self.calibration.ids_NS), observer, self.progress.block)
+            self.study = observer.study
+        candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
+        groups = int(config.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
+        self.whole, self.cuts = whole, choose_cuts(self.trims, self.study, whole, candidates=candidates, groups=groups)
+
+    def compress_blocks(self) -> None:
+        """Write the artifact, block by block, and check it against the plan."""
+        kept = next(iter(self.cuts.experts.values()), None)
+        trimmed_config = cut_config(self.reader.config, self.architecture, self.cuts, experts=len(kept) if kept else None)
+        config = dict(trimmed_config)
+        if self.quantize is not None:
+            config["quantization_config"] = quantization_config(self.architecture, self.quantize)
+        writer = Writer(self.out, config)
+        outside = writer.outside(self.reader.outside())
+        trimmed = Shell(trimmed_config, outside, self.device)
+        artifact = trimmed if self.quantize is None else Shell(config, outside, self.device)
+        ids_NS = self.evaluation.ids_NS[:1] if self.calibration is None else self.calibration.ids_NS
+        stream = Stream(artifact, ids_NS)
+        compressor = Compressor(self.architecture, self.cuts, self.quantize, trimmed, artifact, writer)
+        self.ledger: list[LedgerRow] = compressor.run(self.reader, stream, self.progress.block)
+        self.ids_BS, self.logits_BSV = stream.ids[0], next(stream.logits(artifact))
+        writer.finish(self.reader.folder)
+        self.bytes_after = writer.bytes
+
+    def evaluate(self) -> None:
+        """Measure original and artifact on held-out text."""
+        self.quality: Quality = measure(
+            self.reader.folder, self.out, self.evaluation.ids_NS, device=self.device, on_block=self.progress.block
+        )
+
+    def verify(self) -> None:
+        """Prove that the artifact opens, is what was computed, and is as big as was planned."""
+        planned = sum(self.plan.components[part] for part in self.plan.components if part not in ("kv_cache", "overhead"))
+        if self.bytes_after != planned:
+            raise VerificationFailed(f"the artifact has {self.bytes_after} bytes of tensors where the plan promised {planned}")
+        self.bytes_planned = planned
+        self.verification: Verification = verify(
+            self.out,
+            self.architecture,
+            ids_BS=self.ids_BS,
+            logits_BSV=self.logits_BSV,
+            whole=self.plan.memory["transformers"] < self.host_memory // 3,
+            on_block=self.progress.block,
+        )
+
+    def report(self) -> Report:
+        """Put together what happened."""
+        blocks, ledger = self._block_rows(), tuple(self.ledger)
+        return Report(
+            model=self.request.model,
+            revision=self.request.revision,
+            profile=self.plan.profile,
+            steps=tuple(self.plan.steps),
+            bytes_before=self.plan.bytes_before,
+            bytes_after=self.bytes_after,
+            bytes_planned=self.bytes_planned,
+            target_bytes=self.plan.target_bytes,
+            memory=dict(self.plan.memory),
+            components=dict(self.plan.components),
+            quality=self.quality,
+            lost=worst_first(self.quality, blocks, ledger),
+            warnings=tuple({"code": w.code, "message": w.message} for w in self.plan.warnings),
+            blocks=blocks,
+            ledger=ledger,
+            verification=self.verification,
+            calibration=None if self.calibration is None else _provenance(self.calibration),
+            evaluation=_provenance(self.evaluation),
+            seconds=self.seconds,
+            peak_memory_bytes=_peak_memory(),
+            versions=_versions(self.device),
+        )
+
+    def refuse_violations(self, report: Report) -> None:
+        """Raise ConstraintViolated when the artifact is worse than the request accepts."""
+        wanted, retention = self.request.constraints.min_retention, report.quality.retention
+        if wanted is not None and retention < wanted and self.request.constraints.on_violation == "fail":
+            raise ConstraintViolated(
+                f"retention is {retention:.4f}, below min_retention {wanted}; ask for more memory, a gentler recipe, "
+                'or set on_violation to "report"'
+            )
+
+    def _block_rows(self) -> tuple[BlockRow, ...]:
+        places = {source: index for index, source in enumerate(self.cuts.blocks)}
+        rows: list[BlockRow] = []
+        for block in self.whole.blocks:
+            statistics = self.study.experts.get(block) if self.study is not None else None
+            before = self.whole.experts.get(block)
+            rows.append(
+                BlockRow(
+                    index=block,
+                    action="keep" if block in places else "drop",
+                    index_after=places.get(block),
+                    experts_kept=self.cuts.experts.get(block),
+                    experts_before=len(before) if before is not None else None,
+                    cosine=self.study.cosine(block) if self.study is not None else None,
+                    expert_tokens=tuple(int(n) for n in statistics.count_E.tolist()) if statistics is not None else None,
+                )
+            )
+        return tuple(rows)
+
+
+def _provenance(tokens: TokenSet) -> dict[str, Any]:
+    return {**tokens.description, "tokens": tokens.tokens, "content_hash": tokens.content_hash}
+
+
+def _peak_memory() -> dict[str, int]:
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peak["accelerator"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "compressed_tensors": compressed_tensors.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+    }
