@@ -13,6 +13,7 @@ from compression.architectures import Architecture
 from compression.block import Shell
 from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.checkpoint.writer import Writer
+from compression.memory import give_back
 from compression.recipe import Quantize
 from compression.report import LedgerRow
 from compression.slim import slim_
@@ -50,5 +51,7 @@ class Compressor:
             with self.artifact.live(index, written) as block:
                 del written
                 stream.push(index, block)
+            del block  # or the next block is read while this one is still held
+            give_back()
             on_block(index + 1, blocks, f"block {source} is finished ({index + 1} of {blocks})")
         return ledger

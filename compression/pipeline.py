@@ -102,8 +102,12 @@ class Run:
         self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
         if self.calibration is not None:
             refuse_overlap(self.calibration, self.evaluation)
-        for warning in self.plan.warnings:
-            self.progress.warn(warning.code, warning.message)
+        self.warnings = [{"code": warning.code, "message": warning.message} for warning in self.plan.warnings]
+        for text in (self.calibration, self.evaluation):
+            notes = text.description["warnings"] if text is not None else []
+            self.warnings += [{"code": "text", "message": note} for note in notes]
+        for warning in self.warnings:
+            self.progress.warn(warning["code"], warning["message"])
 
     def study_and_choose(self) -> None:
         """Look at the untouched model once, and decide what goes."""
@@ -179,7 +183,7 @@ class Run:
             components=dict(self.plan.components),
             quality=self.quality,
             lost=worst_first(self.quality, blocks, ledger),
-            warnings=tuple({"code": w.code, "message": w.message} for w in self.plan.warnings),
+            warnings=tuple(self.warnings),
             blocks=blocks,
             ledger=ledger,
             verification=self.verification,

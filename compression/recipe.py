@@ -8,6 +8,7 @@ met *today* is not decided here but in ``plan.py``, by name.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,7 +27,8 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,19}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_MOST_BYTES = 2**63 - 1
 
 
 def parse_bytes(value: object) -> object:
@@ -36,11 +38,13 @@ def parse_bytes(value: object) -> object:
     match = _SIZE.fullmatch(value)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f'{value!r} is not a size; write an integer, "20GB" (10^9) or "20GiB" (2^30)')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Decimal(match[1]) * _UNITS[match[2].upper()])  # a float would make "4.35GB" a byte less
 
 
 Bytes = Annotated[
-    int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "string"}]})
+    int,
+    BeforeValidator(parse_bytes),
+    Field(ge=0, le=_MOST_BYTES, json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "string"}]}),
 ]
 IntegerScheme = Literal["W8A16", "W4A16", "W3A16", "W2A16"]
 Scheme = Literal["W8A16", "W4A16", "W3A16", "W2A16", "FP8_DYNAMIC"]
@@ -53,7 +57,7 @@ BITS: dict[str, int] = {"W8A16": 8, "W4A16": 4, "W3A16": 3, "W2A16": 2, "FP8_DYN
 class Settings(BaseModel):
     """Frozen, and closed to unknown names: a mistyped setting must not cost three GPU hours."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Step(Settings):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compression.block import Call, Shell
 from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.errors import NonFiniteWeights
+from compression.memory import give_back
 
 TOKENS_PER_MICRO_BATCH = 4096
 """Enough rows to keep every matrix product busy, few enough that one expert layer's temporaries stay small."""
@@ -95,6 +96,8 @@ def sweep(shell: Shell, reader: Reader, stream: Stream, visitor: Visitor, on_blo
         with shell.live(index, saved) as block:
             del saved
             visitor.visit(index, block, stream)
+        del block  # or the next one is read while this one is still held
+        give_back()
         on_block(index + 1, blocks, f"block {index + 1} of {blocks}")
 
 

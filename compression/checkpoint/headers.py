@@ -48,9 +48,10 @@ _MAX_CONFIG = 4 * 2**20
 _MAX_CONFIG_DEPTH = 32
 _MAX_HEADER = 100 * 10**6
 """Bytes of all the headers of a checkpoint together; the largest known need a fifth of it."""
-_MAX_MARKS = 8 * 10**6
+_MAX_MARKS = 2 * 10**6
 """Brackets and commas in one JSON file: a hundred thousand tensors need about one million."""
 _MAX_SHARDS = 4096
+_MAX_TENSORS = 500_000
 _MAX_RANK = 16
 _MAX_NAME = 512
 
@@ -164,6 +165,8 @@ def read_checkpoint(files: CheckpointFiles) -> Checkpoint:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise BrokenCheckpoint(f"tensor {tensor.name!r} is in {other.file!r} and again in {file!r}")
+        if len(tensors) > _MAX_TENSORS:
+            raise BrokenCheckpoint(f"{len(tensors)} tensors were found up to {file!r}; at most {_MAX_TENSORS} are read")
     for name, file in places.items():
         if name not in tensors or tensors[name].file != file:
             raise BrokenCheckpoint(f"{INDEX} places tensor {name[:_MAX_NAME]!r} in {file!r}, which does not hold it")

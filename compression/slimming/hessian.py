@@ -2,9 +2,9 @@
 
 Half the Hessian of the squared output error with respect to one row of weights, hence the module's name in the
 papers (Frantar et al., arXiv:2210.17323, section 2). Products and running sum are float32: a product of two bf16
-numbers is exact there, an expert sees thousands of tokens and not millions, and float64 would double both the time
-and the largest allocation of a run. The error against float64 is about 1e-6 of the diagonal, four orders below the
-damping. The mean is taken once, at the end.
+numbers is exact there, and float64 would double both the time and the largest allocation of a run. For up to 65,536
+tokens, however they are split, entry ij differs from float64's by at most 1.4e-6 of the root of entries ii and jj: four
+orders below the damping. The mean is taken once, at the end.
 
 The factor starts at the last input, gram = N^T D N with N unit lower triangular, so that row j of N says how the
 errors of the inputs before j are repaired at j; no inverse is needed.
@@ -92,10 +92,11 @@ def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, d
     """
     diagonal_EI = gram_EII.diagonal(dim1=1, dim2=2).float()
     mean_E = diagonal_EI.mean(dim=1)
-    # An input that never fired touches nobody: any positive pivot will do.
-    pivot_EI = diagonal_EI.masked_fill(diagonal_EI == 0, 1.0).gather(1, order_EI)
+    # An input that never fired touches nobody: any positive pivot will do. Where none fired, none is positive.
+    pivot_EI = torch.where(diagonal_EI == 0, mean_E.unsqueeze(1), diagonal_EI).gather(1, order_EI)
+    hopeful = ((mean_E > 0) & mean_E.isfinite()).tolist()
     used_E = torch.full(mean_E.shape, torch.inf, dtype=torch.float64)
-    stack_EII, todo = factor_EII, list(range(len(mean_E)))
+    stack_EII, todo = factor_EII, list(range(len(hopeful)))
     for power in range(_TRIES):
         multiple = damping * 10**power
         for place, expert in enumerate(todo):
@@ -106,7 +107,7 @@ def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, d
                 used_E[todo[place]] = multiple
                 if power:
                     factor_EII[todo[place]] = stack_EII[place]
-        todo = [expert for expert in todo if used_E[expert].isinf() and 0 < mean_E[expert] < torch.inf]
+        todo = [expert for expert in todo if used_E[expert].isinf() and hopeful[expert]]
         if not todo:
             break
         stack_EII = factor_EII.new_empty(len(todo), *factor_EII.shape[1:])
@@ -138,6 +139,7 @@ def _factor_(gram_EII: Tensor) -> Tensor:
             panel_EPI[:, :, :start] = inverse_EPP @ panel_EPI[:, :, :start]
         panel_EPI[:, :, start:stop] = corner_EPP.mT
     gram_EII /= gram_EII.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
+    # Not every library's cholesky_ex reports a NaN.
     return fine_E & gram_EII.sum(dim=(1, 2)).isfinite()
 
 

@@ -1,0 +1,221 @@
+"""Where text comes from: one source -> its documents, one after another, read only as far as they are asked for.
+
+    {"inline": [...]}   one document per string
+    file:///....txt     one document; also .jsonl and .json (a JSON object with "text" per line), .parquet (column
+                        "text", a document per row); every one but parquet also as .gz
+    hub:<dataset>[:config][:split]   the column "text" of a Hugging Face dataset, streamed; split "train" unless named.
+                        One name alone is a config if the dataset has one of that name, else a split.
+    default             text that every CPython carries: ``pydoc_data.topics`` for calibration, the docstrings of
+                        EVALUATION_MODULES for evaluation. The modules are parsed, never imported.
+
+A document comes as pieces, so that a file of many gigabytes need not be read whole. Pieces end after a line, at
+the same places whatever the source, and blank documents are left out: the same documents give the same pieces.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import platform
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import unquote
+
+from compression.errors import NotAvailable, RequestError, ValidationFailed
+from compression.recipe import InlineText
+
+PIECE = 2**18
+"""Characters: a longer document comes in several pieces."""
+EVALUATION_MODULES = (
+    "argparse", "ast", "asyncio/events", "configparser", "contextlib", "difflib", "email/message", "enum", "fileinput",
+    "fractions", "ftplib", "http/cookiejar", "http/server", "imaplib", "inspect", "ipaddress", "json/__init__",
+    "logging/__init__", "mailbox", "mimetypes", "optparse", "pickletools", "platform", "random", "shutil", "smtplib",
+    "socket", "socketserver", "ssl", "statistics", "subprocess", "tarfile", "tempfile", "textwrap", "threading",
+    "traceback", "typing", "urllib/request", "uuid", "wave", "xml/etree/ElementTree",
+)  # fmt: skip
+"""Standard-library files, in every CPython from 3.11 to 3.13, that share no sentence with ``pydoc_data.topics``."""
+
+Purpose = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one; ``last`` where the document ends."""
+
+    text: str
+    last: bool
+
+
+def read_documents(source: str | InlineText, purpose: Purpose, *, pointer: str) -> Iterator[Piece]:
+    """Yield the source's documents. Errors name the place in the source and ``pointer``, the place in the request."""
+    try:
+        for document in _documents(source, purpose):
+            yield from _cut(document)
+    except RequestError as error:
+        error.pointer = error.pointer or pointer
+        raise
+
+
+def describe_source(source: str | InlineText, purpose: Purpose) -> str:
+    """Return the source as the report names it; inline text is counted, not repeated."""
+    if isinstance(source, InlineText):
+        return f"inline ({len(source.inline)} documents)"
+    if source != "default":
+        return source
+    text = "pydoc_data.topics" if purpose == "calibration" else "docstrings of the standard library"
+    return f"default ({text}, Python {platform.python_version()})"
+
+
+def docstrings(module: str) -> str:
+    """Return every docstring of a standard-library file, such as "json/__init__", without importing it."""
+    path = Path(sysconfig.get_paths()["stdlib"], f"{module}.py")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except OSError as error:
+        raise ValidationFailed(f"this Python carries no source of {module}, which default text needs; name a source") from error
+    return "\n\n".join(_docstrings_below(tree))
+
+
+def _documents(source: str | InlineText, purpose: Purpose) -> Iterator[Iterable[str]]:
+    if isinstance(source, InlineText):
+        return ([text] for text in source.inline)
+    if source == "default":
+        return ([text] for text in (_topics() if purpose == "calibration" else map(docstrings, EVALUATION_MODULES)))
+    if source.startswith("file://"):
+        return _file_documents(_path_of(source))
+    if source.startswith("hub:"):
+        from compression.hub_text import stream_texts
+
+        return ([text] for text in stream_texts(source))
+    raise NotAvailable(f"text from {source!r} is not available yet; use file://, hub: or inline text")
+
+
+def _cut(chunks: Iterable[str]) -> Iterator[Piece]:
+    buffer, begun = "", False
+    for part in (chunk[start : start + PIECE] for chunk in chunks for start in range(0, len(chunk), PIECE)):
+        buffer += part
+        while len(buffer) > PIECE:
+            end = buffer.rfind("\n", 0, PIECE) + 1 or PIECE
+            yield Piece(buffer[:end], last=False)
+            buffer, begun = buffer[end:], True
+    if begun or buffer.strip():
+        yield Piece(buffer, last=True)
+
+
+def _topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _docstrings_below(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+        yield text
+    for child in ast.iter_child_nodes(node):
+        yield from _docstrings_below(child)
+
+
+def _path_of(source: str) -> Path:
+    path = source.removeprefix("file://").removeprefix("localhost")
+    if not path.startswith("/"):
+        raise ValidationFailed(f"{source!r} names no absolute path; write file:///folder/name.txt")
+    return Path(unquote(path))
+
+
+def _file_documents(path: Path) -> Iterator[Iterable[str]]:
+    match path.name.lower().removesuffix(".gz").rpartition(".")[2]:
+        case "txt":
+            return iter([_text_chunks(path)])
+        case "jsonl" | "json":
+            return ([text] for text in _json_texts(path))
+        case "parquet" if not _is_gzip(path):
+            return ([text] for text in _parquet_texts(path))
+    raise ValidationFailed(f"{path} is not a kind of text file that is read; use .txt, .jsonl, .json (each also .gz) or .parquet")
+
+
+def _text_chunks(path: Path) -> Iterator[str]:
+    # newline="": line ends stay as they are, so that a file and the same text inline give the same tokens.
+    with _named_errors(path), _opened(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        while chunk := text.read(PIECE):
+            yield chunk
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    with _named_errors(path), _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_text(line, f"line {number} of {path}")
+
+
+def _json_text(line: bytes, place: str) -> str:
+    try:
+        record: object = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValidationFailed(f"{place} is not JSON: {error}") from error
+    return text_of(record, place)
+
+
+def text_of(record: object, place: str) -> str:
+    """Return a record's "text"; null counts as empty. ``place`` names the record in the error."""
+    if not isinstance(record, dict):
+        raise ValidationFailed(f'{place} is not an object with "text" but {type(record).__name__}')
+    if "text" not in record:
+        raise ValidationFailed(f'{place} has no "text"; it has {", ".join(map(repr, record)) or "nothing"}')
+    text: Any = record["text"]
+    if text is not None and not isinstance(text, str):
+        raise ValidationFailed(f'{place}: "text" is {type(text).__name__}, not a string')
+    return _encodable(text or "", place)
+
+
+def _encodable(text: str, place: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValidationFailed(f"{place} is not valid text: {error.reason} at character {error.start}") from error
+    return text
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with _named_errors(path), parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise ValidationFailed(f'{path} has no column "text"; it has {", ".join(map(repr, names))}')
+            batches = (batch.column(0).to_pylist() for batch in file.iter_batches(batch_size=256, columns=["text"]))
+            for row, text in enumerate(chain.from_iterable(batches), start=1):
+                yield text_of({"text": text}, f"row {row} of {path}")
+    except pyarrow.ArrowException as error:
+        raise ValidationFailed(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path)) if _is_gzip(path) else path.open("rb")
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValidationFailed(f"there is no text file {path}") from error
+    except UnicodeDecodeError as error:
+        raise ValidationFailed(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValidationFailed(f"{path} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise ValidationFailed(f"{path} cannot be read: {error.strerror or error}") from error

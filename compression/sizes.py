@@ -1,0 +1,199 @@
+"""How many bytes an artifact takes, as a sum over the very tensors that will be written.
+
+``planned_tensors`` is the one place that says what a cut does to a tensor: vanish, lose rows, or be stored as small
+integers. Everything else here adds up. Packed layout: compressed-tensors, pack-quantized; per matrix [O, I] of b bits
+and G groups, int32 words [O, ceil(I b / 32)], scales [O, G] in the weight's own dtype, and the shape as two int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NamedTuple, cast
+
+from compression.architectures import COMPONENTS, Component
+from compression.checkpoint.headers import DTYPE_BITS, TensorHeader
+from compression.inventory import Block, Inventory, Part, config_count
+from compression.recipe import BITS, Serving
+
+QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
+WHOLE_ROW = -1
+"""The group size that gives a row of weights one scale."""
+MEMORY_CLASSES: dict[str, int] = {
+    "gpu.cpu": 2 * 10**9,
+    "gpu.16g": 16 * 10**9,
+    "gpu.24g": 24 * 10**9,
+    "gpu.48g": 48 * 10**9,
+    "gpu.80g": 80 * 10**9,
+    "gpu.141g": 141 * 10**9,
+}
+"""Bytes of device memory per class; what needs no more than the first is quick enough without an accelerator."""
+_MICRO_BATCH_TOKENS = 4096
+_ACTIVATIONS_PER_TOKEN = 16
+"""Float32 vectors of the block's widths alive at once for each token of a micro-batch: inputs, projections, outputs."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A recipe resolved against one model: all that decides bytes."""
+
+    experts_kept: int
+    blocks_dropped: int = 0
+    schemes: Mapping[Component, str] = field(default_factory=dict[Component, str])
+    """The scheme of each component that is quantized; absent means kept as it is."""
+    group_size: int = WHOLE_ROW
+
+    def unquantized(self) -> Cut:
+        """Return the same trims without slimming: what stock transformers holds after it has unpacked the experts."""
+        return replace(self, schemes={})
+
+
+class PlannedTensor(NamedTuple):
+    """One tensor of the artifact. Blocks and experts still carry the source's numbers: which of them go is the study's choice."""
+
+    name: str
+    name_in_source: str
+    component: Component
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    scheme: str | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tensor bytes of an artifact: by component, of each source block if it stays, and in all."""
+
+    components: dict[Component, int]
+    blocks: tuple[int, ...]
+    total: int
+
+
+def planned_tensors(inventory: Inventory, cut: Cut, block: Block | None) -> Iterator[PlannedTensor]:
+    """Yield the artifact's tensors for one source block that stays; for None, those outside the blocks.
+
+    Of the routed experts, the first ``experts_kept`` stand for whichever stay: they are all of one size.
+    """
+    for part in inventory.outside if block is None else block.parts:
+        if part.expert is not None and part.expert >= cut.experts_kept:
+            continue
+        scheme = scheme_of(part, cut, block)
+        if scheme is None:
+            shape = _trimmed_shape(inventory, part, cut)
+            yield _planned(part, part.header.name, part.header.dtype, shape=shape, scheme=None)
+        else:
+            yield from _packed(part, scheme, cut.group_size)
+
+
+def scheme_of(part: Part, cut: Cut, block: Block | None) -> str | None:
+    """Return the scheme under which a tensor is stored; None for all that is no matrix of a quantized component."""
+    header = part.header
+    if block is None or len(header.shape) != 2 or not header.name.endswith(".weight"):
+        return None
+    if header.name.endswith("_gate.weight"):  # shared_expert_gate: one row, and what it scales is the whole expert
+        return None
+    if part.component == "dense" and block.is_mixture:
+        return None
+    return cut.schemes.get(part.component)
+
+
+def matrices_to_quantize(inventory: Inventory, cut: Cut) -> Iterator[TensorHeader]:
+    """Yield every kind of matrix that the cut quantizes once, from one block of each likeness and its expert 0."""
+    for kind in sorted(set(inventory.kinds)):
+        block = inventory.blocks[kind]
+        for part in block.parts:
+            if part.expert in (None, 0) and scheme_of(part, cut, block) is not None:
+                yield part.header
+
+
+def artifact_sizes(inventory: Inventory, cut: Cut) -> Sizes:
+    """Return the artifact's tensor bytes; exact before the study, since the blocks it chooses from are alike."""
+    by_kind = {kind: _by_component(planned_tensors(inventory, cut, inventory.blocks[kind])) for kind in set(inventory.kinds)}
+    components = _by_component(planned_tensors(inventory, cut, None))
+    for kind in inventory.kinds:
+        _add(components, by_kind[kind], 1)
+    _add(components, by_kind[inventory.droppable[0]], -cut.blocks_dropped)
+    blocks = tuple(sum(by_kind[kind].values()) for kind in inventory.kinds)
+    return Sizes(components, blocks, sum(components.values()))
+
+
+def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
+    """Return the bytes of the key-value cache for every token of every sequence that is served at once.
+
+    Where blocks differ (sliding and full attention), those with the smallest cache are taken as dropped: an upper bound.
+    """
+    if serving.context_tokens == 0:
+        return 0
+    caches = [_block_cache(inventory, block, serving.context_tokens) for block in inventory.blocks]
+    dropped = sorted(caches[index] for index in inventory.droppable)[: cut.blocks_dropped]
+    return (sum(caches) - sum(dropped)) * serving.batch_size
+
+
+def memory_class(inventory: Inventory, *, method: str | None) -> tuple[str, int]:
+    """Return the smallest class that can work on one block, and the bytes it was chosen for.
+
+    The block twice (as read, and as rewritten), one micro-batch of activations, and for gptq the solver on one expert:
+    float32 weights, their feedback and int8 codes [O, I], and Gram matrix, its factor and a permuted copy [I, I].
+    """
+    block = max(sum(part.header.bytes for part in block.parts) for block in inventory.blocks)
+    shapes = inventory.expert_matrices
+    widest = max(max(shape) for shape in shapes)
+    needed = 2 * block + _MICRO_BATCH_TOKENS * _ACTIVATIONS_PER_TOKEN * 4 * widest
+    if method == "gptq":
+        needed += max(2 * 9 * prod(shape) + 12 * max(shape) ** 2 for shape in shapes)  # twice: gate and up are solved as one
+    fitting = [name for name, size in MEMORY_CLASSES.items() if needed <= size]
+    return (fitting or list(MEMORY_CLASSES)[-1:])[0], needed
+
+
+def _planned(part: Part, name: str, dtype: str, *, shape: tuple[int, ...], scheme: str | None) -> PlannedTensor:
+    return PlannedTensor(name, part.header.name, part.component, dtype, shape, prod(shape) * DTYPE_BITS[dtype] // 8, scheme)
+
+
+def _trimmed_shape(inventory: Inventory, part: Part, cut: Cut) -> tuple[int, ...]:
+    """The router counts experts in its first dimension, and so do tensors that hold all experts at once."""
+    counts_experts = part.component == "router" or (part.component == "experts" and inventory.architecture.fused_on_disk)
+    return (cut.experts_kept, *part.header.shape[1:]) if counts_experts else part.header.shape
+
+
+def _packed(part: Part, scheme: str, group_size: int) -> Iterator[PlannedTensor]:
+    outputs, inputs = part.header.shape
+    groups = 1 if group_size == WHOLE_ROW else inputs // group_size
+    stem = part.header.name.removesuffix("weight")
+    words = (outputs, -(-inputs * BITS[scheme] // 32))
+    yield _planned(part, f"{stem}weight_packed", "I32", shape=words, scheme=scheme)
+    yield _planned(part, f"{stem}weight_scale", part.header.dtype, shape=(outputs, groups), scheme=scheme)
+    yield _planned(part, f"{stem}weight_shape", "I64", shape=(2,), scheme=scheme)
+
+
+def _by_component(tensors: Iterable[PlannedTensor]) -> dict[Component, int]:
+    totals = dict.fromkeys(COMPONENTS, 0)
+    for tensor in tensors:
+        totals[tensor.component] += tensor.bytes
+    return totals
+
+
+def _add(totals: dict[Component, int], more: Mapping[Component, int], times: int) -> None:
+    for component, size in more.items():
+        totals[component] += times * size
+
+
+def _block_cache(inventory: Inventory, block: Block, context: int) -> int:
+    """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead."""
+    latent = inventory.architecture.latent_attention
+    places = ("kv_a_proj_with_mqa",) if latent else ("k_proj", "v_proj")
+    projections = [block.header(f"self_attn.{place}.weight") for place in places]
+    per_token = sum(prod(header.shape[:1]) * DTYPE_BITS[header.dtype] // 8 for header in projections)
+    return per_token * min(context, _window(inventory, block.index) or context)
+
+
+def _window(inventory: Inventory, index: int) -> int | None:
+    """Return the sliding window of a block; None where it sees, or may see, everything."""
+    config, row = inventory.config, inventory.architecture
+    listed: object = config.get("layer_types")
+    layer_types = cast("list[object]", listed) if isinstance(listed, list) else []
+    if index < len(layer_types):
+        slides = layer_types[index] == "sliding_attention"
+    else:
+        slides = row.window == "everywhere" or (row.window == "flagged" and config.get("use_sliding_window") is True)
+    return config_count(config, "sliding_window") if slides and config.get("sliding_window") else None

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from compression.availability import STEP_FACTS, available_steps, check_request, missing_in
+from compression.errors import NotAvailable
+from compression.recipe import STEPS, Compression
+from tests.compression.made_checkpoints import request
+
+BUILT: list[dict[str, Any]] = [
+    {"step": "quantize", "method": "rtn", "scheme": "W8A16", "attention": "W4A16", "shared_experts": "W8A16", "dense": "keep"},
+    {"step": "quantize", "method": "gptq", "scheme": "W4A16"},
+    {"step": "expert_drop", "criterion": "routing_score", "experts_kept": 4},
+    {"step": "expert_drop", "criterion": "frequency", "experts_kept": 4},
+    {"step": "expert_drop", "criterion": "reap", "fraction_dropped": 0.5},
+    {"step": "block_drop", "blocks_dropped": 1, "selection": "discrete"},
+]
+NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
+    ({"step": "prune", "sparsity": 0.5}, "/step", "prune"),
+    ({"step": "expert_merge", "experts_kept": 4}, "/step", "expert_merge"),
+    ({"step": "layer_drop", "layers_dropped": 1}, "/step", "layer_drop"),
+    ({"step": "expert_skip"}, "/step", "expert_skip"),
+    ({"step": "recover", "method": "lora"}, "/step", "recover"),
+    ({"step": "analyze"}, "/step", "analyze"),
+    ({"step": "quantize", "method": "awq"}, "/method", "awq"),
+    ({"step": "expert_drop", "experts_kept": 4, "scope": "global"}, "/scope", "global"),
+    ({"step": "block_drop", "blocks_dropped": 1, "selection": "consecutive"}, "/selection", "consecutive"),
+    *(
+        ({"step": "quantize", setting: scheme}, f"/{setting}", scheme)
+        for setting in ("scheme", "attention", "shared_experts", "dense")
+        for scheme in ("W3A16", "W2A16", "FP8_DYNAMIC")
+    ),
+    *(
+        ({"step": "expert_drop", "experts_kept": 4, "criterion": criterion}, "/criterion", criterion)
+        for criterion in ("expert_norm", "man", "msan", "hope", "aimer", "reconstruction", "random")
+    ),
+]
+SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
+    ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
+    ({"profile": "custom"}, "/profile"),
+    ({"model": "s3://bucket/model"}, "/model"),
+    ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
+    (
+        {"calibration": {"source": [{"source": "hub:a/b"}, {"source": "s3://bucket/text"}]}},
+        "/calibration/source/1/source",
+    ),
+    ({"evaluation": {"perplexity": {"source": "s3://bucket/text"}}}, "/evaluation/perplexity/source"),
+    ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
+    ({"evaluation": {"speed": True}}, "/evaluation/speed"),
+]
+
+
+@pytest.mark.parametrize("step", BUILT, ids=str)
+def test_what_is_built_passes(step: dict[str, Any]):
+    assert list(missing_in(request(step))) == []
+
+
+@pytest.mark.parametrize(("step", "place", "word"), NOT_BUILT, ids=str)
+def test_a_step_or_setting_that_is_not_built_is_refused_by_name(step: dict[str, Any], place: str, word: str):
+    with pytest.raises(NotAvailable) as refusal:
+        check_request(request({"step": "quantize"}, step))
+
+    assert refusal.value.pointer == f"/recipe/steps/1{place}"
+    assert word in refusal.value.message
+    assert "available" in refusal.value.message
+
+
+@pytest.mark.parametrize(("settings", "pointer"), SETTINGS_NOT_BUILT, ids=str)
+def test_a_field_that_is_not_built_is_refused_by_name(settings: dict[str, Any], pointer: str):
+    base = {"model": "owner/name", "recipe": {"steps": [{"step": "quantize"}]}}
+
+    with pytest.raises(NotAvailable) as refusal:
+        check_request(Compression.model_validate({**base, **settings}))
+
+    assert refusal.value.pointer == pointer
+
+
+def test_a_message_says_what_to_use_instead():
+    messages = [next(missing_in(request(step))).message for step, _, _ in NOT_BUILT]
+
+    assert "quantize with method awq is not available yet; available: rtn, gptq" in messages
+    assert any("use" in message or "available: " in message or ";" in message for message in messages)
+
+
+def test_everything_missing_is_listed_at_once():
+    found = list(missing_in(request({"step": "prune", "sparsity": 0.5}, {"step": "analyze"}, profile="custom")))
+
+    assert [missing.pointer for missing in found] == ["/profile", "/recipe/steps/0/step", "/recipe/steps/1/step"]
+
+
+def test_every_step_of_the_contract_is_listed_with_schema_paper_and_evidence():
+    listed = {step["name"]: step for step in available_steps()}
+
+    assert set(listed) == set(STEPS) == set(STEP_FACTS)
+    assert {name for name, step in listed.items() if step["available"]} == {"quantize", "expert_drop", "block_drop"}
+    for name, step in listed.items():
+        assert step["schema"]["properties"]["step"]["const"] == name
+        assert step["summary"].endswith(".")
+        assert step["evidence"].endswith(".")
+        assert step["paper"]
+
+
+def test_the_table_names_only_values_that_the_settings_know():
+    for name, facts in STEP_FACTS.items():
+        for setting, values in facts.missing.items():
+            annotation: Any = STEPS[name].model_fields[setting].annotation
+            assert get_origin(annotation) is not None
+            assert set(values) < set(get_args(annotation))
