@@ -52,7 +52,9 @@ def write_checkpoint(folder: Path, blocks: int) -> int:
         at = f"model.layers.{block}"
         heads = {"q_proj": width, "k_proj": width // 4, "v_proj": width // 4, "o_proj": width}
         tensors = {f"{at}.self_attn.{name}.weight": random(rows, width) for name, rows in heads.items()}
-        tensors |= {f"{at}.{n}.weight": torch.ones(width, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {
+            f"{at}.{n}.weight": torch.ones(width, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")
+        }
         tensors[f"{at}.block_sparse_moe.gate.weight"] = random(8, width)
         for expert in range(8):
             for matrix, shape in {"w1": (inner, width), "w2": (width, inner), "w3": (inner, width)}.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 from compression.architectures import block_of
 from compression.checkpoint.headers import Checkpoint, FolderFiles, TensorHeader, read_checkpoint
 from compression.errors import BrokenCheckpoint, NonFiniteWeights
+from compression.inventory import is_left_behind
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -36,14 +37,16 @@ _CONFIG_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 class Reader:
-    """A checkpoint in a folder, read a block at a time."""
+    """A checkpoint in a folder, read a block at a time; tensors that no stock class reads are left behind."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.folder = folder
         self.checkpoint = checkpoint if checkpoint is not None else read_checkpoint(FolderFiles(folder))
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
+        count = int(self.checkpoint.config["num_hidden_layers"])
         for header in self.checkpoint.tensors.values():
-            self._blocks[block_of(header.name)].append(header)
+            if not is_left_behind(header.name, count):
+                self._blocks[block_of(header.name)].append(header)
 
     @property
     def config(self) -> dict[str, Any]:
