@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from compression.documents import Purpose, describe_source, read_documents
 from compression.errors import BrokenCheckpoint, RemoteCodeRequired, ValidationFailed
 from compression.recipe import Calibration, Domain, InlineText, Perplexity
+from compression.text.documents import Purpose, describe_source, read_documents
 
 READ_AHEAD = 4
 """A source is read until it has given this many times the tokens that are needed."""

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compression.documents import EVALUATION_MODULES, PIECE, Piece, describe_source, docstrings, read_documents
+from compression.text.documents import EVALUATION_MODULES, PIECE, Piece, describe_source, docstrings, read_documents
 from compression.errors import NotAvailable, ValidationFailed
 from compression.recipe import InlineText
 
@@ -194,7 +194,7 @@ def test_a_bucket_is_not_available_yet() -> None:
 def test_reading_default_text_imports_no_module_it_quotes_and_no_torch() -> None:
     program = """
 import sys
-from compression.documents import read_documents, EVALUATION_MODULES
+from compression.text.documents import read_documents, EVALUATION_MODULES
 before = set(sys.modules)
 assert len(list(read_documents("default", "evaluation", pointer=""))) >= len(EVALUATION_MODULES)
 assert len(list(read_documents("default", "calibration", pointer=""))) > 50

@@ -31,7 +31,7 @@ configs:
 """
 _PROGRAM = """
 import json, sys
-from compression.documents import read_documents
+from compression.text.documents import read_documents
 from compression.errors import RequestError
 
 def head(source):

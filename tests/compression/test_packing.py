@@ -89,11 +89,20 @@ def test_packed_words_counts_what_pack_writes(inputs: int, bits: int, words: int
     assert pack(codes(2, inputs, bits=bits), bits).shape == (2, words)
 
 
-def test_a_transposed_matrix_is_packed_by_its_rows_and_left_alone():
+def test_a_transposed_matrix_is_packed_by_its_rows():
     codes_IO = codes(40, 6, bits=4)
-    before_IO = codes_IO.clone()
 
-    packed_OW = pack(codes_IO.T, 4)
+    assert torch.equal(pack(codes_IO.T, 4), pack_to_int32(codes_IO.T.contiguous(), 4))
 
-    assert torch.equal(packed_OW, pack_to_int32(codes_IO.T.contiguous(), 4))
-    assert torch.equal(codes_IO, before_IO)
+
+@pytest.mark.parametrize("inputs", [40, 41])  # with and without a rest of eight
+def test_arguments_are_left_alone(inputs: int):
+    codes_OI = codes(6, inputs, bits=4)
+    before_OI = codes_OI.clone()
+    packed_OW = pack(codes_OI, 4)
+    before_OW = packed_OW.clone()
+
+    unpack(packed_OW, 4, inputs)
+
+    assert torch.equal(codes_OI, before_OI)
+    assert torch.equal(packed_OW, before_OW)

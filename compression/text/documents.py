@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 from urllib.parse import unquote
 
 from compression.errors import NotAvailable, RequestError, ValidationFailed
 from compression.recipe import InlineText
+from compression.text.records import text_of
 
 PIECE = 2**18
 """Characters: a longer document comes in several pieces."""
@@ -92,7 +93,7 @@ def _documents(source: str | InlineText, purpose: Purpose) -> Iterator[Iterable[
     if source.startswith("file://"):
         return _file_documents(_path_of(source))
     if source.startswith("hub:"):
-        from compression.hub_text import stream_texts
+        from compression.text.hub import stream_texts
 
         return ([text] for text in stream_texts(source))
     raise NotAvailable(f"text from {source!r} is not available yet; use file://, hub: or inline text")
@@ -161,26 +162,6 @@ def _json_text(line: bytes, place: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ValidationFailed(f"{place} is not JSON: {error}") from error
     return text_of(record, place)
-
-
-def text_of(record: object, place: str) -> str:
-    """Return a record's "text"; null counts as empty. ``place`` names the record in the error."""
-    if not isinstance(record, dict):
-        raise ValidationFailed(f'{place} is not an object with "text" but {type(record).__name__}')
-    if "text" not in record:
-        raise ValidationFailed(f'{place} has no "text"; it has {", ".join(map(repr, record)) or "nothing"}')
-    text: Any = record["text"]
-    if text is not None and not isinstance(text, str):
-        raise ValidationFailed(f'{place}: "text" is {type(text).__name__}, not a string')
-    return _encodable(text or "", place)
-
-
-def _encodable(text: str, place: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValidationFailed(f"{place} is not valid text: {error.reason} at character {error.start}") from error
-    return text
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:

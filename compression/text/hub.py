@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from compression.documents import text_of
 from compression.errors import SlimtrimError, SourceUnavailable, ValidationFailed
+from compression.text.records import text_of
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_SPLIT = "train"
