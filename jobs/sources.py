@@ -1,0 +1,192 @@
+"""Where a model comes from: a repository on the hub, or a folder below the roots that this installation may read.
+
+    meta/model               a hub repository; its branch or tag is pinned to a commit before anything else is read
+    file:///srv/models/x     a folder below one of SLIMTRIM_MODEL_ROOTS, read in place; nothing in the path is decoded
+    s3://bucket/prefix       known to the contract, not built yet
+
+``read_checkpoint_of`` reads config.json and the tensor headers only, from the hub by ranges of bytes. ``fetch`` brings
+the weights to the machine. Only safetensors, JSON and tokenizer files ever travel: no pickle, no code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from compression.checkpoint.headers import Checkpoint, CheckpointFiles, FolderFiles, read_checkpoint
+from compression.errors import DiskFull, DownloadFailed, ModelNotFound, NotAvailable, SourceNotAllowed, ValidationFailed
+from compression.recipe import Compression, Domain, InlineText
+from jobs.hub import HubFiles, download, is_wanted
+from jobs.settings import Settings
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w.+/-]{0,255}", re.ASCII)
+_FILE = "file://"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository on the hub, ``owner/name``."""
+
+    repository: str
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """A folder on this machine, as the caller wrote it; whether it may be read is not decided yet."""
+
+    path: Path
+
+
+Source = HubSource | FolderSource
+
+
+def parse(model: str) -> Source:
+    """Return what kind of source a request's ``model`` names; touches neither disk nor network."""
+    if model.startswith("s3://"):
+        raise NotAvailable("models in s3:// are not available yet; use a hub id or file:///...", pointer="/model")
+    if model.startswith(_FILE):
+        return FolderSource(_absolute_path(model, "/model"))
+    if _HUB_ID.fullmatch(model) and ".." not in model:
+        return HubSource(model)
+    raise ValidationFailed(
+        f'{_short(model)} is not a model; write "owner/name" on the hub or "file:///folder/below/a/root"', pointer="/model"
+    )
+
+
+def open_files(model: str, revision: str | None, settings: Settings) -> tuple[CheckpointFiles, str | None]:
+    """Return a model's files and the commit they are pinned to; None for a folder, which has no commits."""
+    match parse(model):
+        case HubSource(repository):
+            files = HubFiles.open(repository, _checked_revision(revision), _token(settings))
+            return files, files.commit
+        case FolderSource(path):
+            folder, root = _allowed_folder(path, settings)
+            return FolderFiles(folder, root), None
+
+
+def read_checkpoint_of(model: str, revision: str | None, settings: Settings) -> tuple[Checkpoint, str | None]:
+    """Return the model's config and tensor headers, and the commit that they were read from; no weights are read."""
+    files, commit = open_files(model, revision, settings)
+    return read_checkpoint(files), commit
+
+
+def fetch(model: str, revision: str | None, destination: Path, settings: Settings) -> Path:
+    """Return a folder on this machine that holds the model.
+
+    That is the folder itself, or ``destination``: filled from the hub, or, where the folder holds links to files
+    elsewhere below its root (a hub cache does), filled with those files, since a run opens nothing outside its folder.
+    """
+    match parse(model):
+        case HubSource(repository):
+            return download(repository, _checked_revision(revision), destination, _token(settings))
+        case FolderSource(path):
+            folder, root = _allowed_folder(path, settings)
+            return _without_links(folder, root, destination)
+
+
+def check_text_sources(request: Compression, settings: Settings) -> None:
+    """Refuse a calibration or evaluation file that is missing or lies outside the allowed roots."""
+    source = request.calibration.source
+    for pointer, text in _domains(source) if isinstance(source, tuple) else [("/calibration/source", source)]:
+        _check_text(text, pointer, settings)
+    _check_text(request.evaluation.perplexity.source, "/evaluation/perplexity/source", settings)
+
+
+def _domains(domains: tuple[Domain, ...]) -> list[tuple[str, str | InlineText]]:
+    return [(f"/calibration/source/{index}/source", domain.source) for index, domain in enumerate(domains)]
+
+
+def _check_text(source: str | InlineText, pointer: str, settings: Settings) -> None:
+    if isinstance(source, InlineText) or not source.startswith(_FILE):
+        return
+    path, _ = _below_a_root(_absolute_path(source, pointer), settings, pointer)
+    if not path.is_file():
+        raise ValidationFailed(f"there is no file {_short(source)}", pointer=pointer)
+    if not os.access(path, os.R_OK):
+        raise SourceNotAllowed(f"the service may not read {_short(source)}", pointer=pointer)
+
+
+def _without_links(folder: Path, root: Path, destination: Path) -> Path:
+    files = FolderFiles(folder, root)
+    names = files.names()
+    for name in names:
+        files.size(name)  # refuses a link that leads out of the root
+    targets = {name: (folder / name).resolve() for name in names}
+    if all(target.parent == folder for target in targets.values()):
+        return folder
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        for name in filter(is_wanted, names):
+            _link_or_copy(targets[name], destination / name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no room for a copy of file://{folder}") from error
+        raise DownloadFailed(f"file://{folder} cannot be copied: {error.strerror}") from error
+    return destination
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    """Give the file a second name, or a second copy where that cannot be: another disk, another owner."""
+    place.unlink(missing_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
+
+
+def _absolute_path(url: str, pointer: str) -> Path:
+    path = url.removeprefix(_FILE)
+    if not path.startswith("/") or not path.isprintable():
+        raise ValidationFailed(f"{_short(url)} is not file:/// and an absolute path", pointer=pointer)
+    if ".." in path.split("/"):
+        raise SourceNotAllowed(f'{_short(url)} contains "..", which is never followed', pointer=pointer)
+    return Path(path)
+
+
+def _allowed_folder(path: Path, settings: Settings) -> tuple[Path, Path]:
+    """Return the real folder and the real root above it."""
+    folder, root = _below_a_root(path, settings, "/model")
+    if not folder.is_dir():
+        raise ModelNotFound(f"there is no folder file://{path}", pointer="/model")
+    return folder, root
+
+
+def _below_a_root(path: Path, settings: Settings, pointer: str) -> tuple[Path, Path]:
+    """Resolve every link, then compare: outside the roots the answer never depends on what exists there."""
+    if not settings.model_roots:
+        raise SourceNotAllowed("no folder may be read: SLIMTRIM_MODEL_ROOTS is empty; list folders in it", pointer=pointer)
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: links that lead in a circle
+        _refuse(path, pointer)
+    for root in settings.model_roots:
+        real_root = root.resolve()
+        if real.is_relative_to(real_root):
+            return real, real_root
+    _refuse(path, pointer)
+
+
+def _refuse(path: Path, pointer: str) -> NoReturn:
+    raise SourceNotAllowed(f"file://{path} does not lie below any folder of SLIMTRIM_MODEL_ROOTS", pointer=pointer)
+
+
+def _token(settings: Settings) -> str | None:
+    return settings.hf_token.get_secret_value() if settings.hf_token else None
+
+
+def _checked_revision(revision: str | None) -> str:
+    if revision is None:
+        return "main"
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise ValidationFailed(f"{_short(revision)} is not a branch, a tag or a commit", pointer="/revision")
+    return revision
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 200 else f"{value[:200]}...")

@@ -1,0 +1,100 @@
+"""The service's own side of the rows: end what nobody ends, announce what nobody heard.
+
+Each method is one round over at most a few hundred rows; the maintenance loop comes back. A candidate is read first
+and then moved by an UPDATE that repeats every condition, so a worker that acts in between wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, or_, select, update
+from sqlalchemy.orm import Session
+
+from jobs.clock import now
+from jobs.endings import Cause, Hold, end_attempt, retry_or_fail
+from jobs.moves import move
+from jobs.repository import KEYS_KEPT_S
+from jobs.status import HELD, JobStatus
+from jobs.tables import IdempotencyKey, Job
+
+_ROUND = 200
+"""Rows handled in one transaction."""
+
+
+class UpkeepRepository:
+    """What the maintenance loop does with jobs."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def expire_leases(self) -> list[str]:
+        """End every attempt whose lease is over; return the jobs that are queued again, to be announced."""
+        dead = Job.lease_until < now()
+        candidates = self._session.scalars(select(Job).where(Job.status.in_(HELD), dead).order_by(Job.id).limit(_ROUND)).all()
+        return [job.id for job in candidates if self._expire_lease(job) == JobStatus.QUEUED]
+
+    def expire_runtimes(self, grace_s: float) -> list[str]:
+        """Fail running jobs that are over ``max_runtime_s`` by more than the grace their worker has to do it itself."""
+        over = Job.run_deadline < now(-grace_s)
+        query = select(Job).where(Job.status == JobStatus.RUNNING, over).order_by(Job.id).limit(_ROUND)
+        return [job.id for job in self._session.scalars(query).all() if self._expire_runtime(job)]
+
+    def expire_queued(self) -> list[str]:
+        """Expire jobs that waited longer than ``max_queue_s`` for their first start."""
+        query = select(Job.id).where(Job.status == JobStatus.QUEUED, Job.queue_deadline < now()).order_by(Job.id).limit(_ROUND)
+        return [job_id for job_id in self._session.scalars(query).all() if self._expire_queued(job_id)]
+
+    def next_claimable(self, unclaimed_for_s: float, limit: int) -> Sequence[str]:
+        """Return the oldest jobs that could be claimed and were not since their last announcement; count this as one."""
+        due = or_(Job.announced_at.is_(None), Job.announced_at < now(-unclaimed_for_s))
+        ready = or_(Job.not_before.is_(None), Job.not_before <= now())
+        query = select(Job.id).where(Job.status == JobStatus.QUEUED, due, ready).order_by(Job.id).limit(limit)
+        job_ids = self._session.scalars(query).all()
+        self._session.execute(update(Job).where(Job.id.in_(job_ids)).values(announced_at=now()))
+        return job_ids
+
+    def forget_keys(self) -> None:
+        """Drop idempotency keys that are too old to be replayed."""
+        self._session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at <= now(-KEYS_KEPT_S)))
+
+    def is_held(self, job_id: str, fence: int) -> bool:
+        """Say whether this attempt still holds its job: its scratch and artifact files are in use."""
+        query = select(Job.id).where(Job.id == job_id, Job.fence == fence, Job.status.in_(HELD))
+        return self._session.scalar(query) is not None
+
+    def is_published(self, job_id: str, prefix: str) -> bool:
+        """Say whether this prefix holds the artifact that the job shows."""
+        query = select(Job.id).where(Job.id == job_id, Job.artifact_prefix == prefix, Job.deleted_at.is_(None))
+        return self._session.scalar(query) is not None
+
+    def _expire_lease(self, job: Job) -> JobStatus | None:
+        hold = _hold_of(job)
+        dead = Job.lease_until < now()
+        lost = Cause("worker_lost", f"worker {job.worker} fell silent for longer than its lease", retryable=True)
+        ended = retry_or_fail(self._session, hold, lost, dead)
+        if ended is None:
+            ended = move(
+                self._session, hold.job_id, JobStatus.CANCELLING, JobStatus.CANCELLED, Job.fence == hold.fence, dead,
+                event="job.cancelled", stage=None,
+            )  # fmt: skip
+        if ended is None:
+            return None
+        end_attempt(self._session, hold, "lost", lost)
+        return ended.status
+
+    def _expire_runtime(self, job: Job) -> bool:
+        hold = _hold_of(job)
+        cause = Cause("max_runtime", f"the attempt ran longer than {job.max_runtime_s} seconds", retryable=False)
+        if retry_or_fail(self._session, hold, cause) is None:
+            return False
+        end_attempt(self._session, hold, "failed", cause)
+        return True
+
+    def _expire_queued(self, job_id: str) -> bool:
+        late = Job.queue_deadline < now()
+        return move(self._session, job_id, JobStatus.QUEUED, JobStatus.EXPIRED, late, event="job.expired") is not None
+
+
+def _hold_of(job: Job) -> Hold:
+    return Hold(job.id, job.fence, job.attempt, job.max_attempts)

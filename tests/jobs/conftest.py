@@ -1,0 +1,96 @@
+"""A migrated database of its own for every test that asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import select, update
+
+from jobs.attempts import Claim
+from jobs.database import UnitOfWork, make_engine, migrate, reader_maker, session_maker, unit_of_work
+from jobs.settings import Settings
+from jobs.status import HELD, TERMINAL, JobStatus
+from jobs.tables import Job, JobAttempt, JobEvent
+
+OWNER = "ann"
+Answer = TypeVar("Answer")
+
+
+class Rows:
+    """Short words for what the tests do with rows. Every ``do`` is one transaction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings(data_dir=folder)
+        migrate(self.settings)
+        self.engine = make_engine(self.settings)
+        self.open_session = session_maker(self.engine)
+        self.open_reader = reader_maker(self.engine)
+        self.announced: list[str] = []
+
+    @contextmanager
+    def work(self) -> Iterator[UnitOfWork]:
+        with unit_of_work(self.open_session, self.announced.append) as work:
+            yield work
+
+    def do(self, act: Callable[[UnitOfWork], Answer]) -> Answer:
+        with self.work() as work:
+            return act(work)
+
+    def add(self, owner: str = OWNER, **columns: Any) -> str:
+        return self.do(lambda work: work.jobs.add(a_job(owner, **columns))).job.id
+
+    def claimed(self, lease_s: float = 60.0, **columns: Any) -> Claim:
+        claim = self.claim(self.add(**columns), lease_s=lease_s)
+        assert claim is not None
+        return claim
+
+    def claim(self, job_id: str, worker: str = "w", lease_s: float = 60.0) -> Claim | None:
+        return self.do(lambda work: work.attempts.claim(job_id, worker, lease_s))
+
+    def in_status(self, status: JobStatus) -> str:
+        """Put a job into a status by force, as if it had got there."""
+        job_id = self.add()
+        held = {"fence": 1, "worker": "w", "lease_until": None} if status in HELD or status in TERMINAL else {}
+        self.force(job_id, status=status, **held)
+        return job_id
+
+    def force(self, job_id: str, **columns: Any) -> None:
+        with self.open_session() as session, session.begin():
+            session.execute(update(Job).where(Job.id == job_id).values(**columns))
+
+    def job(self, job_id: str) -> Job:
+        with self.open_reader() as session:
+            return session.scalars(select(Job).where(Job.id == job_id)).one()
+
+    def everything(self, job_id: str) -> dict[str, Any]:
+        """All columns of the row, deferred ones included, and the number of its events."""
+        with self.open_reader() as session:
+            columns = session.execute(select(*Job.__table__.columns).where(Job.id == job_id)).mappings().one()
+            return {**columns, "events": len(self.events(job_id))}
+
+    def events(self, job_id: str) -> list[JobEvent]:
+        with self.open_reader() as session:
+            return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
+
+    def types(self, job_id: str) -> list[str]:
+        return [event.type for event in self.events(job_id)]
+
+    def attempts(self, job_id: str) -> list[JobAttempt]:
+        with self.open_reader() as session:
+            return list(session.scalars(select(JobAttempt).where(JobAttempt.job_id == job_id).order_by(JobAttempt.fence)))
+
+
+def a_job(owner: str = OWNER, **columns: Any) -> Job:
+    """A row as the API would make it."""
+    return Job(**{"owner": owner, "model": "m/m", "request": {}, "resolved": {}, "spec_hash": "0", **columns})
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Iterator[Rows]:
+    rows = Rows(tmp_path / "data")
+    yield rows
+    rows.engine.dispose()
