@@ -1,0 +1,79 @@
+"""Stand-ins for the library, run by a real worker in a real child process instead of ``compression.pipeline:compress``.
+
+What a stand-in does is written in the request's inline calibration text, as JSON: ``blocks``, ``block_s`` (seconds a
+block takes), and ``ending``. Everything around it - rows, queue, processes, storage - is the real thing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from compression.errors import BrokenCheckpoint, DownloadFailed
+from compression.progress import Listener, Progress
+from compression.recipe import Compression, InlineText
+
+PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success"}
+
+
+class FakeReport:
+    """As much of a report as the worker asks for."""
+
+    def __init__(self, fence_folder: str, blocks: int) -> None:
+        self._data = {"folder": fence_folder, "blocks": blocks}
+
+    def result(self) -> dict[str, Any]:
+        return {"bytes_before": 100, "bytes_after": 25, "ratio": 4.0, "verified": True}
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        assert mode == "json"
+        return self._data
+
+
+def compress(request: Compression, model: Path, out: Path, listener: Listener) -> FakeReport:
+    """Pretend to work on some blocks, then end as the request says."""
+    assert isinstance(request.calibration.source, InlineText)
+    plan = PLAN | json.loads(request.calibration.source.inline[0])
+    sys.stdout.write("libraries print, and nobody minds\n")
+    progress = Progress(listener, {"studying": 1.0, "compressing": 3.0})
+    progress.stage("studying")
+    progress.warn("fake", "this is not a real run")
+    progress.stage("compressing")
+    for block in range(1, plan["blocks"] + 1):
+        time.sleep(plan["block_s"])
+        (out / f"block-{block}.bin").write_bytes(bytes([block]) * 1000)
+        progress.block(block, plan["blocks"], f"block {block}")
+    _end(plan["ending"])
+    (out / "report.json").write_text("{}")
+    return FakeReport(out.parent.name, plan["blocks"])
+
+
+def _end(ending: str) -> None:
+    match ending:
+        case "success":
+            return
+        case "segfault":
+            ctypes.string_at(0)
+        case "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "retryable":
+            raise DownloadFailed("the file came incomplete")
+        case "permanent":
+            raise BrokenCheckpoint("the header lies")
+        case "unforeseen":
+            raise RuntimeError("secret detail")
+        case "memory":
+            raise MemoryError
+        case "disk":
+            raise OSError(28, "No space left on device")
+        case "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        case "environment":
+            raise BrokenCheckpoint(json.dumps(sorted(os.environ)))

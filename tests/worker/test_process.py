@@ -1,0 +1,159 @@
+"""A child process is heard, fed, and never left behind, whatever it does."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from compression.errors import BrokenCheckpoint, DiskFull, OutOfGpuMemory, OutOfHostMemory, SlimtrimError
+from jobs.errors import WorkerLost
+from worker import process
+from worker.faults import as_ours
+from worker.leash import Interrupted, Interruption, Leash
+from worker.process import LeaseLapsed, run_child
+
+FOREVER = float(2**40)
+
+
+def run(
+    kind: str, leash: Leash | None = None, on_event: Callable[[Any], None] = lambda _: None, *, grace_s: float = 0.2, **work: Any
+) -> dict[str, Any]:
+    arguments = ["tests.worker.odd_children", kind]
+    graces = {Interruption.CANCEL: grace_s}
+    return run_child(
+        arguments, work, leash or Leash(FOREVER), environment=dict(os.environ), grace_s=graces, on_event=on_event
+    )  # fmt: skip
+
+
+def is_gone(pid: int) -> bool:
+    """Say whether the process ends; init may take a moment to bury it."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+    return False
+
+
+def test_work_of_any_size_goes_in_and_the_result_comes_out():
+    text = "ä" * 2**20
+
+    assert run("echo", text=text)["work"] == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("exit", "exit code 3"), ("quiet exit", "exit code 0"), ("says half a word", "exit code 0")]
+)
+def test_a_child_that_ends_without_a_result_is_lost_and_says_how(kind: str, part: str):
+    with pytest.raises(WorkerLost, match=part):
+        run(kind)
+
+
+def test_nothing_of_a_child_survives_it():
+    assert is_gone(run("leaves a grandchild")["pid"])
+
+
+def test_a_dead_child_is_noticed_though_a_grandchild_holds_its_pipe():
+    seen = list[int]()
+
+    with pytest.raises(WorkerLost, match="SIGABRT"):
+        run("dies before its grandchild", on_event=lambda line: seen.append(line["pid"]))
+
+    assert is_gone(seen[0])
+
+
+def test_a_child_that_stays_after_its_last_word_is_ended(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process, "_EXIT_S", 0.2)
+
+    assert run("stays after its last word") == {"type": "result"}
+
+
+@pytest.mark.parametrize("reason", Interruption)
+def test_a_child_that_talks_without_end_is_still_interrupted(reason: Interruption):
+    leash, heard = Leash(FOREVER), threading.Event()
+    threading.Thread(target=lambda: (heard.wait(), leash.pull(reason))).start()
+
+    with pytest.raises(Interrupted) as interrupted:
+        run("talks without end", leash, lambda _: heard.set())
+
+    assert interrupted.value.reason is reason
+
+
+def test_what_was_pulled_before_the_start_starts_nothing():
+    leash = Leash(FOREVER)
+    leash.pull(Interruption.DRAIN)
+
+    with pytest.raises(Interrupted):
+        run("no such kind", leash)
+
+
+def test_a_lost_row_overrides_every_other_reason_and_nothing_overrides_it():
+    leash = Leash(FOREVER)
+
+    reasons = list[Interruption | None]()
+    for reason in (Interruption.CANCEL, Interruption.DRAIN, Interruption.LOST, Interruption.CANCEL):
+        leash.pull(reason)
+        reasons.append(leash.reason)
+
+    assert reasons == [Interruption.CANCEL, Interruption.CANCEL, Interruption.LOST, Interruption.LOST]
+
+
+def test_a_child_stops_by_itself_when_its_lease_has_passed():
+    with pytest.raises(LeaseLapsed):
+        run("waits for its lease to pass", Leash(time.monotonic() + 0.5))
+
+
+def test_a_renewal_reaches_the_child():
+    leash = Leash(time.monotonic() + 3600)
+    # A renewal to a moment that has passed is the one that shows at once.
+    threading.Timer(0.5, lambda: leash.extend(time.monotonic() - 1)).start()
+
+    with pytest.raises(LeaseLapsed):
+        run("waits for its lease to pass", leash)
+
+
+def test_a_child_that_is_asked_to_stop_has_its_grace_to_do_so():
+    leash = Leash(FOREVER)
+    threading.Timer(0.5, lambda: leash.pull(Interruption.CANCEL)).start()
+    before = time.monotonic()
+
+    with pytest.raises(Interrupted):
+        run("waits for its lease to pass", leash, grace_s=300.0)
+
+    assert time.monotonic() - before < 200  # it was not the grace that ended it
+
+
+class FakeSafetensorError(Exception): ...
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (MemoryError(), OutOfHostMemory),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), OutOfHostMemory),
+        (OSError(28, "No space left on device"), DiskFull),
+        (FakeSafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), DiskFull),
+        (BrokenCheckpoint("as it is"), BrokenCheckpoint),
+        (KeyError("secret"), SlimtrimError),
+    ],
+)
+def test_what_goes_wrong_gets_its_name(error: Exception, ours: type[SlimtrimError]):
+    named = as_ours(error)
+
+    assert type(named) is ours
+    assert "secret" not in named.message
+
+
+def test_the_accelerators_memory_has_its_own_name(monkeypatch: pytest.MonkeyPatch):
+    class FakeTorch:
+        class OutOfMemoryError(RuntimeError): ...
+
+    monkeypatch.setitem(__import__("sys").modules, "torch", FakeTorch)
+
+    assert type(as_ours(FakeTorch.OutOfMemoryError("CUDA out of memory"))) is OutOfGpuMemory
+    assert type(as_ours(RuntimeError("else"))) is SlimtrimError

@@ -1,0 +1,77 @@
+"""The process that alone imports torch: runs the library on one job and says what happens.
+
+``python -m worker.child --run compression.pipeline:compress``, started by ``worker.process``. Fresh for every job, so
+that its memory goes back, and so that a crash, a cancel or the end of its worker ends it and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compression.errors import Stopped
+from compression.progress import Event, event_to_dict
+from compression.recipe import Compression
+from jobs.logs import configure_logs
+from worker.channel import Channel, open_channel
+from worker.faults import as_ours
+
+COMPRESS = "compression.pipeline:compress"
+
+_log = logging.getLogger("worker.child")
+
+
+class _Listener:
+    """The library's listener: events go out at once, and "stop" is asked of the channel."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def on_event(self, event: Event) -> None:
+        self._channel.say(event_to_dict(event))
+
+    def should_stop(self) -> bool:
+        return self._channel.should_stop
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do the one piece of work that standard input describes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", default=COMPRESS, help="module:function to run, with the signature of compress")
+    options, channel = open_channel(parser, arguments)
+    channel.stop_on_sigterm()
+    faulthandler.enable()
+    configure_logs(**channel.work.get("log", {}))
+    try:
+        report = _compress(_entry(options.run), channel)
+    except Stopped:
+        channel.say({"type": "stopped"})
+    except Exception as error:  # the worker must hear a code, whatever happened
+        _log.exception("the run failed")
+        channel.say_error(as_ours(error))
+    else:
+        channel.say_result(result=report.result(), report=report.model_dump(mode="json"))
+    return 0
+
+
+def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
+    work = channel.work
+    # The row's request has members that are the service's business, such as limits and labels.
+    known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
+    request = Compression.model_validate(known)
+    return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel))
+
+
+def _entry(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

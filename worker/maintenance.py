@@ -1,0 +1,149 @@
+"""The service's own upkeep, once a second: end what nobody ends, announce what nobody heard, remove what nobody owns.
+
+``python -m worker.maintenance``. Any number may be started; a lock on the data folder lets one act at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+from sqlalchemy.exc import DBAPIError
+
+from compression.errors import SlimtrimError
+from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
+from jobs.logs import configure_logs
+from jobs.queue import Announcer
+from jobs.settings import Settings, load_settings
+from jobs.storage import open_storage
+from worker.workspace import remove
+
+HEARD_AT_MOST = 16
+"""Announcements that may wait unheard before repeating one is pointless: the workers are busy, not deaf."""
+_CLEAN_EVERY_S = 60.0
+_ATTEMPT = re.compile(r"(?:artifacts/)?(?P<job>job_[0-9a-z]+)/a(?P<fence>\d+)")
+
+_log = logging.getLogger("maintenance")
+
+
+class Maintenance:
+    """The loop's work, one round at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        engine = make_engine(settings)
+        require_current_schema(engine)
+        self._open_session, self._open_reader = session_maker(engine), reader_maker(engine)
+        self._announcer = Announcer(settings)
+        self._storage = open_storage(settings)
+
+    def round(self) -> None:
+        """End what is overdue and announce what is due."""
+        # A worker fails its own job at the deadline; half a minute and a lease later it evidently cannot.
+        grace_s = self._settings.lease_s + 30.0
+        with unit_of_work(self._open_session, self._announcer.announce) as work:
+            requeued = work.upkeep.expire_leases()
+            work.outbox.extend(requeued)
+            overdue = work.upkeep.expire_runtimes(grace_s)
+            expired = work.upkeep.expire_queued()
+        _note("lease over, queued again", requeued)
+        _note("over its runtime, failed", overdue)
+        _note("waited too long, expired", expired)
+        self._announce_again()
+
+    def clean(self) -> None:
+        """Remove scratch folders and artifacts that no attempt uses and no job shows, and forget old keys."""
+        with unit_of_work(self._open_session, self._announcer.announce) as work:
+            work.upkeep.forget_keys()
+        for folder in self._settings.work_folder.glob("job_*/a*"):
+            if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
+                _note("scratch folder removed", [folder.name])
+                remove(folder)
+        for prefix in self._stored_attempts():
+            if not self._is_held(prefix) and not self._is_published(prefix):
+                _note("artifact of no job removed", [prefix])
+                self._storage.delete(prefix)
+
+    def _announce_again(self) -> None:
+        waiting = self._announcer.pending()
+        if waiting is None or waiting >= HEARD_AT_MOST:
+            return
+        with unit_of_work(self._open_session, self._announcer.announce) as work:
+            due = work.upkeep.next_claimable(self._settings.announce_after_s, HEARD_AT_MOST - waiting)
+            work.outbox.extend(due)
+
+    def _stored_attempts(self) -> list[str]:
+        matches = (_ATTEMPT.match(key) for key in self._storage.list("artifacts"))
+        return sorted({match[0] for match in matches if match})
+
+    def _is_held(self, path: str) -> bool:
+        match = _ATTEMPT.match(path)
+        if match is None:
+            return True  # not ours to judge
+        with reading(self._open_reader) as work:
+            return work.upkeep.is_held(match["job"], int(match["fence"]))
+
+    def _is_published(self, prefix: str) -> bool:
+        job_id = prefix.split("/")[1]
+        with reading(self._open_reader) as work:
+            return work.upkeep.is_published(job_id, f"{prefix}/")
+
+
+def main() -> int:
+    """Keep house until SIGTERM."""
+    try:
+        settings = load_settings()
+        maintenance = Maintenance(settings)
+    except SlimtrimError as refusal:
+        sys.stderr.write(f"maintenance does not start: {refusal}\n")
+        return 2
+    configure_logs(service="maintenance")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    with _alone(settings, stop):
+        _loop(maintenance, settings.maintenance_s, stop)
+    return 0
+
+
+def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> None:
+    clean_at = 0.0
+    while not stop.is_set():
+        try:
+            maintenance.round()
+            if time.monotonic() >= clean_at:
+                maintenance.clean()
+                clean_at = time.monotonic() + _CLEAN_EVERY_S
+        except (DBAPIError, SlimtrimError, OSError):  # the next round may find database and disk well again
+            _log.exception("round failed")
+        stop.wait(every_s)
+
+
+@contextmanager
+def _alone(settings: Settings, stop: threading.Event) -> Generator[None]:
+    """Wait until no other maintenance acts on this data folder."""
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (settings.data_dir / "maintenance.lock").open("a") as lock:
+        while not stop.is_set():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                stop.wait(settings.maintenance_s)
+        yield
+
+
+def _note(event: str, what: Iterable[str]) -> None:
+    for name in what:
+        _log.info(event, extra={"job": name})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""The scratch folder of one attempt, ``work/<job>/a<fence>`` in the data folder. Removed whatever happens.
+
+No two attempts share a folder, so one that lost its job can spoil nothing of the next.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression.errors import DiskFull
+from jobs.attempts import Claim
+from jobs.settings import Settings
+
+_KEPT = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
+    "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
+)  # fmt: skip
+"""Variables that the library's process gets. No setting of the service is among them, and no token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where an attempt keeps its files."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """For a model that has to be fetched."""
+        return self.folder / "model"
+
+    @property
+    def out(self) -> Path:
+        """For the artifact."""
+        return self.folder / "out"
+
+    @property
+    def temporary(self) -> Path:
+        """For what libraries put aside."""
+        return self.folder / "tmp"
+
+
+@contextmanager
+def open_workspace(settings: Settings, claim: Claim) -> Generator[Workspace]:
+    """Make the attempt's folder and remove it at the end; raise ``DiskFull`` when the job cannot fit."""
+    workspace = Workspace(settings.work_folder / claim.job_id / f"a{claim.fence}")
+    for folder in (workspace.model, workspace.out, workspace.temporary):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        _check_free_space(settings, workspace, claim)
+        yield workspace
+    finally:
+        remove(workspace.folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove an attempt's folder, and its job's when that is empty then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def bare_environment(workspace: Workspace) -> dict[str, str]:
+    """Return the environment of the process that opens other people's files."""
+    kept = {name: value for name in _KEPT if (value := os.environ.get(name)) is not None}
+    return {**kept, "TMPDIR": str(workspace.temporary), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _check_free_space(settings: Settings, workspace: Workspace, claim: Claim) -> None:
+    plan: dict[str, Any] = claim.plan or {}
+    needed = plan.get("bytes_after") or 0
+    if not str(claim.request.get("model", "")).startswith("file://"):
+        needed += plan.get("bytes_before") or 0
+    free = shutil.disk_usage(workspace.folder).free
+    if free - needed < settings.min_free_bytes:
+        raise DiskFull(
+            f"the job needs {needed} bytes of scratch space and {settings.min_free_bytes} must stay free; there are {free}"
+        )
