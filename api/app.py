@@ -1,0 +1,47 @@
+"""The application: settings in, routes out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from api.contract import install_contract
+from api.errors import install_error_handlers
+from api.middleware import Manners
+from api.routes import artifacts, catalog, health, jobs, plans
+from api.service import open_service
+from api.submission import code_version
+from jobs.database import Announce
+from jobs.settings import Settings
+
+
+def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
+    """Return the application on these settings; the schema must be there (``jobs.database.migrate``).
+
+    ``announce`` replaces the queue, for tests.
+    """
+    service = open_service(settings, announce)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="slimtrim",
+        summary="Makes Mixture-of-Experts language models fit the memory people have.",
+        version=code_version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    install_error_handlers(app)
+    for router in (jobs.router, artifacts.router, plans.router, catalog.router, health.router):
+        app.include_router(router)
+    install_contract(app)
+    app.add_middleware(Manners, loopback_only=not settings.api_keys)
+    return app

@@ -1,0 +1,73 @@
+"""What is supported, read off the code's own tables; and the pages of the contract that are not built yet."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from api.contract import problems
+from api.dependencies import AnyCaller, JobReader, ReportReader
+from api.headers import require_accept
+from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
+from api.views import as_json
+from compression.architectures import ARCHITECTURES, Architecture
+from compression.availability import available_steps
+from compression.errors import NotAvailable
+
+router = APIRouter(tags=["catalog"])
+
+
+@router.get("/v1/steps", response_model=StepList, responses=problems(401))
+def list_steps(request: Request, caller: AnyCaller) -> Response:
+    """List every step of the contract with its settings, paper and evidence; ``available`` says what is built."""
+    require_accept(request.headers, "application/json")
+    return as_json(StepList(data=[StepView.model_validate(step) for step in available_steps()]))
+
+
+@router.get("/v1/architectures", response_model=ArchitectureList, responses=problems(401))
+def list_architectures(request: Request, caller: AnyCaller) -> Response:
+    """List the model types that can be compressed."""
+    require_accept(request.headers, "application/json")
+    return as_json(ArchitectureList(data=[_architecture_view(row) for row in ARCHITECTURES.values()]))
+
+
+@router.get("/v1/queues", responses=problems(401, 403, 422))
+def list_queues(caller: JobReader) -> None:
+    """Not available yet: who waits for what."""
+    _refuse("GET /v1/queues", "a queued job shows its own place in queue.position")
+
+
+@router.get("/v1/reports", responses=problems(401, 403, 422))
+def list_reports(caller: ReportReader) -> None:
+    """Not available yet: finished reports, comparable across jobs."""
+    _refuse("GET /v1/reports", "read each job's report at /v1/jobs/{id}/report")
+
+
+@router.get("/metrics", responses=problems(422))
+def metrics() -> None:
+    """Not available yet: metrics for Prometheus."""
+    _refuse("GET /metrics", "GET /readyz says whether the service works")
+
+
+@router.get("/", responses=problems(422))
+def dashboard() -> None:
+    """Not available yet: the dashboard."""
+    _refuse("the dashboard", "GET /openapi.json lists what the service can do")
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise NotAvailable(f"{what} is not available yet; {instead}")
+
+
+def _architecture_view(row: Architecture) -> ArchitectureView:
+    return ArchitectureView(
+        model_type=row.model_type,
+        expert_count_keys=list(row.expert_count_keys),
+        shared_experts=bool(row.shared_experts),
+        group_limited_routing=row.group_keys is not None,
+        latent_attention=row.latent_attention,
+        fused_experts=row.fused_on_disk,
+        quantize=not row.fused_on_disk,
+    )

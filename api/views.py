@@ -1,0 +1,103 @@
+"""Rows become answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from api.schemas import EventView, JobView
+from jobs.repository import JobRepository
+from jobs.status import TERMINAL, JobStatus
+from jobs.tables import Job, JobEvent
+
+_POLL_HINTS_S = ((10, 2), (60, 5), (600, 15))
+"""Up to this age in seconds, ask again after that many; later every 30 seconds."""
+_POLL_LATE_S = 30
+
+
+def job_view(job: Job, jobs: JobRepository) -> JobView:
+    """Return a job as callers see it."""
+    base = f"/v1/jobs/{job.id}"
+    return JobView.model_validate(
+        {
+            "id": job.id,
+            "status": job.status,
+            "stage": job.stage,
+            "status_reason": job.status_reason,
+            "progress": job.progress,
+            "request": job.request,
+            "resolved": job.resolved,
+            "plan": job.plan,
+            "result": job.result,
+            "attempt": job.attempt,
+            "max_attempts": job.max_attempts,
+            "queue": _queue(job, jobs),
+            "labels": job.labels,
+            "retry_of": job.retry_of,
+            "created_at": moment(job.created_at),
+            "queued_at": moment(job.queued_at),
+            "started_at": moment(job.started_at),
+            "cancelling_at": moment(job.cancelling_at),
+            "finished_at": moment(job.finished_at),
+            "links": {
+                "self": base,
+                "events": f"{base}/events",
+                "report": f"{base}/report",
+                "artifact": f"{base}/artifact",
+                "cancel": f"{base}/cancel",
+            },
+        }
+    )
+
+
+def event_view(event: JobEvent) -> EventView:
+    """Return an event as callers see it."""
+    return EventView(seq=event.seq, type=event.type, at=moment(event.at) or "", data=event.data)
+
+
+def job_tag(job: Job, view: JobView) -> str:
+    """Return the ETag: the row's version, and the place in the queue, which changes without the row."""
+    place = "" if view.queue is None else f".{view.queue.position}"
+    return f'W/"{job.version}{place}"'
+
+
+def job_headers(job: Job, view: JobView) -> dict[str, str]:
+    """Return the ETag, and while the job is active a hint when to ask again."""
+    headers = {"ETag": job_tag(job, view)}
+    if view.status not in TERMINAL:
+        headers["Retry-After"] = str(_poll_hint(job))
+    return headers
+
+
+def as_json(view: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a view as the answer; a number that JSON cannot say is ``null``."""
+    return Response(view.model_dump_json(by_alias=True), status, headers, media_type="application/json")
+
+
+def moment(time: datetime | None) -> str | None:
+    """Return RFC 3339 in UTC, to the millisecond."""
+    return None if time is None else time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _queue(job: Job, jobs: JobRepository) -> dict[str, Any] | None:
+    ahead = jobs.queue_position(job)
+    if ahead is None:
+        return None
+    return {"class": (job.plan or {}).get("memory_class"), "position": ahead + 1, "waiting_for": _waiting_for(job, ahead)}
+
+
+def _waiting_for(job: Job, ahead: int) -> str:
+    if job.not_before is not None and job.not_before > datetime.now(UTC):
+        return f"the next attempt, not before {moment(job.not_before)}"
+    return "a free worker" if ahead == 0 else f"{ahead} job{'s' * (ahead > 1)} ahead, then a free worker"
+
+
+def _poll_hint(job: Job) -> int:
+    """Young jobs change fast, or their callers made a mistake they want to hear of."""
+    since = job.started_at if job.status == JobStatus.RUNNING and job.started_at else job.created_at
+    age = (datetime.now(UTC) - since).total_seconds()
+    return next((seconds for limit, seconds in _POLL_HINTS_S if age < limit), _POLL_LATE_S)
