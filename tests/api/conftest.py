@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -81,8 +82,16 @@ class Face:
 OpenFace = Callable[..., AbstractContextManager[Face]]
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the present schema and no row, migrated once and copied for each test."""
+    settings = Settings(data_dir=tmp_path_factory.mktemp("empty"))
+    migrate(settings)
+    return settings.data_dir / "db.sqlite3"
+
+
 @pytest.fixture
-def open_face(tmp_path: Path) -> OpenFace:
+def open_face(tmp_path: Path, empty_database: Path) -> OpenFace:
     """``open_face(api_keys=...)``: a service of its own; keyword arguments are settings."""
 
     @contextmanager
@@ -90,7 +99,8 @@ def open_face(tmp_path: Path) -> OpenFace:
         roots = tmp_path / "models"
         model = write_mixtral(roots / "mixtral")
         settings = Settings(**{"data_dir": tmp_path / "data", "model_roots": (roots,), **overrides})
-        migrate(settings)
+        settings.data_dir.mkdir(exist_ok=True)
+        shutil.copy(empty_database, settings.data_dir)
         announced: list[str] = []
         app = create_app(settings, announced.append)
         with TestClient(app, base_url=LOOPBACK, raise_server_exceptions=False) as client:

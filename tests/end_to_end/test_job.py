@@ -88,7 +88,8 @@ def test_the_report_served_is_the_report_in_the_artifact(house):
 def test_a_violated_constraint_fails_the_job_and_publishes_nothing(house):
     client, folder = house
     # Dropping half of the experts costs this random model 8 % of its likelihood; other recipes happen to gain.
-    request = body(folder, TRIMS[:1], constraints={"min_retention": 0.99})
+    text = {"source": {"inline": [WORDS * 20]}, "samples": 8, "sequence_length": 32}
+    request = body(folder, TRIMS[:1], calibration=text, constraints={"min_retention": 0.99})
     job = finished(client, client.post("/v1/jobs", json=request).json()["id"])
 
     assert job["status"] == "failed"
