@@ -12,7 +12,7 @@ from typing import Any
 from api.errors import Problem
 from api.schemas import JobRequest
 from api.service import Service
-from compression.availability import check_request
+from compression.planner.availability import check_request
 from compression.errors import NotAvailable
 from compression.plan import Plan, make_plan
 from compression.recipe import Compression

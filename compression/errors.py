@@ -121,7 +121,7 @@ class BrokenCheckpoint(RequestError):
 
 
 class RemoteCodeRequired(RequestError):
-    """The model's config asks for code of its own (``auto_map``); none is ever run."""
+    """The model opens only with code of its own (``auto_map``); none is ever run."""
 
     code = "remote_code_required"
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.availability import check_request
 from compression.checkpoint.headers import Checkpoint
 from compression.errors import RecipeExceedsTarget, TargetUnreachable
-from compression.inventory import Inventory, take_inventory
+from compression.planner.availability import check_request
+from compression.planner.inventory import Inventory, take_inventory
+from compression.planner.resolve import Resolved, resolve, smallest_cut
+from compression.planner.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class
 from compression.recipe import BlockDrop, Compression, ExpertDrop, Quantize, Recipe, Serving
-from compression.resolve import Resolved, resolve, smallest_cut
-from compression.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class
 
 
 class PlanPart(BaseModel):

@@ -73,16 +73,17 @@ class Attempt:
 
     def _fetch(self, workspace: Workspace) -> Path:
         self._events.stage("fetching", 0.0)
-        work = {
-            "request": self._claim.request,
-            "revision": self._claim.resolved.get("revision"),
-            "destination": str(workspace.model),
-        }
+        work = {"request": self._request(), "destination": str(workspace.model)}
         return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
 
     def _compress(self, workspace: Workspace, model: Path) -> dict[str, Any]:
-        work = {"request": self._claim.request, "model": str(model), "out": str(workspace.out)}
+        work = {"request": self._request(), "model": str(model), "out": str(workspace.out)}
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace))
+
+    def _request(self) -> dict[str, Any]:
+        """Return the request with its branch pinned to the commit that was planned; a folder has none."""
+        pinned = self._claim.resolved.get("revision")
+        return self._claim.request if pinned is None else {**self._claim.request, "revision": pinned}
 
     def _store(self, workspace: Workspace) -> Any:
         self._events.stage("uploading", _STORING)

@@ -47,7 +47,7 @@ def _fetch(channel: Channel, settings: Settings) -> None:
     request = Compression.model_validate(known)
     # Checked when the job was made, and again now: a link may have been turned since.
     check_text_sources(request, settings)
-    folder = fetch(request.model, work["revision"] or request.revision, Path(work["destination"]), settings)
+    folder = fetch(request.model, request.revision, Path(work["destination"]), settings)
     channel.say_result(folder=str(folder))
 
 

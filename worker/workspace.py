@@ -76,9 +76,11 @@ def bare_environment(workspace: Workspace) -> dict[str, str]:
 
 def _check_free_space(settings: Settings, workspace: Workspace, claim: Claim) -> None:
     plan: dict[str, Any] = claim.plan or {}
-    needed = plan.get("bytes_after") or 0
+    components = plan.get("components", {})
+    # The cache and the overhead that the target also bounds are never on disk.
+    needed = plan.get("bytes_after", 0) - components.get("kv_cache", 0) - components.get("overhead", 0)
     if not str(claim.request.get("model", "")).startswith("file://"):
-        needed += plan.get("bytes_before") or 0
+        needed += plan.get("bytes_before", 0)
     free = shutil.disk_usage(workspace.folder).free
     if free - needed < settings.min_free_bytes:
         raise DiskFull(

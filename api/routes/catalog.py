@@ -13,7 +13,7 @@ from api.headers import require_accept
 from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
 from api.views import as_json
 from compression.architectures import ARCHITECTURES, Architecture
-from compression.availability import available_steps
+from compression.planner.availability import available_steps
 from compression.errors import NotAvailable
 
 router = APIRouter(tags=["catalog"])

@@ -11,6 +11,7 @@ anything is parsed, and whatever is wrong is refused with the name of the file a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -21,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from compression.architectures import ARCHITECTURES
 from compression.errors import (
     BrokenCheckpoint,
     ModelNotFound,
@@ -116,9 +118,9 @@ class FolderFiles:
             if not target.is_relative_to(self._root):
                 raise SourceNotAllowed(f"{name!r} is a link that leads out of the model's folder")
             descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
-            raise BrokenCheckpoint(f"{name!r} is missing, or is a link that leads nowhere") from error
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # links in a circle: RuntimeError up to Python 3.12, then ELOOP
+            if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ELOOP):
+                raise BrokenCheckpoint(f"{name!r} is missing, or is a link that leads nowhere") from error
             raise SourceUnavailable(f"{name!r} cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -183,10 +185,11 @@ def _read_config(files: CheckpointFiles, names: set[str]) -> dict[str, Any]:
         raise ModelNotFound(f"there is no {CONFIG}, so there is no model here")
     config = _parse_object(_read_whole(files, CONFIG, _MAX_CONFIG), CONFIG)
     keys_found = _check_depth(config)
-    if "auto_map" in keys_found:
+    # A supported family opens with its stock class, whatever code the checkpoint offers besides; that code is never run.
+    if "auto_map" in keys_found and config.get("model_type") not in ARCHITECTURES:
         raise RemoteCodeRequired(
-            f"{CONFIG} asks for the model's own code (auto_map), and none is ever run; "
-            "where a stock class reads the same weights, remove auto_map from a copy of the model"
+            f"{CONFIG} asks for the model's own code (auto_map), and none is ever run; supported without it: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
     return config
 

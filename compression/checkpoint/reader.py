@@ -17,7 +17,7 @@ from torch import Tensor
 from compression.architectures import block_of
 from compression.checkpoint.headers import Checkpoint, FolderFiles, TensorHeader, read_checkpoint
 from compression.errors import BrokenCheckpoint, NonFiniteWeights
-from compression.inventory import is_left_behind
+from compression.planner.inventory import is_left_behind
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,

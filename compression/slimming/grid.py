@@ -2,7 +2,7 @@
 
 A weight w is stored as an integer code q in [-2^(b-1), 2^(b-1) - 1] and a scale s shared by a group of consecutive
 inputs: w ~ q * s, no zero point. The layout is that of compressed-tensors, and ``dequantize`` gives the numbers,
-bit for bit, that its loader will give. Scales are those with the least squared error on the weights among ten
+bit for bit, that its loader will give. Scales are those with the least squared error on the weights among eleven
 candidates (Banner et al., arXiv:1810.05723, call it clipping), each rounded to the dtype in which it is stored
 before any code is computed from it.
 
@@ -57,9 +57,10 @@ class Quantized:
     scale_EOG: Tensor
 
 
-# Shares of amax / ((highest - lowest) / 2), from 1.1 down to 0.5. More than ten candidates buy under 1 % of error.
-# The plain 1.0 is left out on purpose: amax / 7.5 puts the largest weight of every group on +-7.5, exactly half way
-# between two codes, where one unit in the last place decides and two machines disagree.
+# Shares of amax / ((highest - lowest) / 2), from 1.1 down to 0.5. Forty would lower the squared error of 4-bit weights by
+# 1 to 3 %, and what GPTQ then makes of it by less than 1 %. The plain 1.0 is left out on purpose: amax / 7.5 puts the
+# largest weight of every group on +-7.5, exactly half way between two codes, where one unit in the last place decides
+# and two machines disagree. In its stead comes amax / highest, which clips nothing: 3 to 11 % less error with 8 bits.
 _CANDIDATES = tuple(1.1 - 0.6 * step / 9 for step in range(10))
 
 _BLOCK_ON_CPU = 2**16
@@ -120,7 +121,7 @@ def _least_squares_scale(weight_RN: Tensor, grid: Grid, stored: torch.dtype) -> 
     best_R = torch.full_like(full_R, torch.inf)
     chosen_R = torch.full_like(full_R, torch.nan)  # stays NaN where no candidate has a finite error
     error_RN = torch.empty_like(weight_RN)
-    for share in _CANDIDATES:
+    for share in (*_CANDIDATES, (grid.highest - grid.lowest) / 2 / grid.highest):
         scale_R = (full_R * share).to(stored).clamp_(min=torch.finfo(stored).tiny).float()
         torch.div(weight_RN, scale_R[:, None], out=error_RN)
         error_RN.round_().clamp_(grid.lowest, grid.highest).mul_(scale_R[:, None]).sub_(weight_RN)

@@ -44,7 +44,7 @@ def cut_config(
 
     ``experts`` is the uniform expert count of the artifact; None leaves the count alone.
     """
-    after: dict[str, Any] = deepcopy(dict(config))
+    after: dict[str, Any] = deepcopy({key: value for key, value in config.items() if key != "auto_map"})  # no code travels
     blocks = int(config["num_hidden_layers"])
     if len(cuts.blocks) != blocks:
         after["num_hidden_layers"] = len(cuts.blocks)

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_pickles_is_unsafe(face: Face):
 
 
 def test_a_model_that_brings_code_is_refused(face: Face):
-    folder = write_mixtral(face.roots / "coded", auto_map={"AutoModel": "modeling.Model"})
+    folder = write_mixtral(face.roots / "coded", model_type="own_moe", auto_map={"AutoModel": "modeling.Model"})
 
     problem = refused(face, face.body(model=f"file://{folder}"))
 

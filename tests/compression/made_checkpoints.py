@@ -19,6 +19,10 @@ from compression.recipe import Compression
 Config = dict[str, Any]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
+CONFIG: Config = {"model_type": "mixtral"}
+A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+B = {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}
+
 
 def checkpoint(config: Config, tensors: Tensors) -> Checkpoint:
     """Return the checkpoint that one file with these tensors would be read as."""
@@ -59,6 +63,45 @@ def write_model(folder: Path, config: Config, tensors: Tensors) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", tensors)
     return folder
+
+
+class MemoryFiles:
+    """Files held in memory that remember what was read of them; ``claimed`` sizes may lie."""
+
+    def __init__(self, files: dict[str, bytes], claimed: dict[str, int] | None = None) -> None:
+        self.files = files
+        self.claimed = claimed or {}
+        self.reads: list[tuple[str, int, int]] = []
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def size(self, name: str) -> int:
+        return self.claimed.get(name, len(self.files[name]))
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        self.reads.append((name, start, length))
+        return self.files[name][start : start + length]
+
+
+def safetensors(header: object, data: int) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(data)
+
+
+def single(header: object, data: int, config: object = CONFIG) -> MemoryFiles:
+    return MemoryFiles({"config.json": json.dumps(config).encode(), "model.safetensors": safetensors(header, data)})
+
+
+def sharded(weight_map: object, shards: dict[str, bytes]) -> MemoryFiles:
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    return MemoryFiles({"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": index, **shards})
+
+
+TWO_SHARDS = {
+    "one.safetensors": safetensors({"a": A}, 24),
+    "two.safetensors": safetensors({"b": {**B, "data_offsets": [0, 8]}}, 8),
+}
 
 
 def mixtral(

@@ -17,9 +17,9 @@ from compression.architectures import (
 )
 from compression.checkpoint.headers import Checkpoint, FolderFiles, read_checkpoint
 from compression.errors import BrokenCheckpoint, NotAMoE, UnsupportedArchitecture
-from compression.inventory import Inventory, take_inventory
+from compression.planner.inventory import Inventory, take_inventory
+from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes
 from compression.recipe import Serving
-from compression.sizes import Cut, artifact_sizes, kv_cache_bytes
 from tests.compression.made_checkpoints import checkpoint, mixtral
 
 Factory = Callable[..., Path]

@@ -4,8 +4,8 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from compression.availability import STEP_FACTS, available_steps, check_request, missing_in
 from compression.errors import NotAvailable
+from compression.planner.availability import STEP_FACTS, available_steps, check_request, missing_in
 from compression.recipe import STEPS, Compression
 from tests.compression.made_checkpoints import request
 

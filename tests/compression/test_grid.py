@@ -95,10 +95,25 @@ def test_no_other_candidate_scale_has_a_smaller_error(dtype: torch.dtype, bits: 
 
     found_EOG = error_of(search_scales(weight_EOI, grid))
 
-    error_CEOG = torch.stack([error_of((full_EOG * (1.1 - 0.6 * step / 9)).to(dtype)) for step in range(10)])
+    shares = [1.1 - 0.6 * step / 9 for step in range(10)] + [(grid.highest - grid.lowest) / 2 / grid.highest]
+    error_CEOG = torch.stack([error_of((full_EOG * share).to(dtype)) for share in shares])
     # The search sums 64 squares in float32: it may prefer a candidate that is worse by a few units in the seventh place.
     assert (found_EOG <= error_CEOG.amin(0) * (1 + 1e-5)).all()
     assert (error_CEOG.argmin(0) > 0).any(), "every group kept the largest scale: this data does not test the search"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_search_loses_no_more_than_the_scale_that_clips_nothing(bits: int):
+    weight_EOI, grid = weights(2, 40, 64), Grid(bits, -1)
+    widest_EOG = weight_EOI.abs().amax(2, keepdim=True) / grid.highest
+
+    found_EO, widest_EO = (
+        (dequantize(quantize(weight_EOI, scale_EOG, grid), scale_EOG) - weight_EOI).double().square().sum(2)
+        for scale_EOG in (search_scales(weight_EOI, grid), widest_EOG)
+    )
+
+    assert (found_EO <= widest_EO * (1 + 1e-5)).all()  # errors are summed in float32
+    assert found_EO.sum() < widest_EO.sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

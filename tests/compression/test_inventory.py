@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compression.errors import BrokenCheckpoint, NotAMoE, QuantizedSource, SlimtrimError, UnsupportedArchitecture
-from compression.inventory import take_inventory
 from compression.plan import make_plan
+from compression.planner.inventory import take_inventory
 from tests.compression.made_checkpoints import Config, Tensors, checkpoint, deepseek, gpt_oss, mixtral, qwen, request
 
 FAMILIES = {"mixtral": mixtral, "qwen2_moe": qwen, "deepseek_v3": deepseek, "gpt_oss": gpt_oss}
@@ -129,6 +129,7 @@ def broken_tensors() -> dict[str, tuple[Config, Tensors, str]]:
         "another hidden size": configured("w1.weight", hidden_size=32),
         "foreign names": renamed("model.layers.", "transformer.h.", "block 0"),
         "fused experts of another count": (fused_config, fused | {f"{FUSED}.down_proj": ("BF16", (7, 128, 64))}, "down_proj"),
+        "fused experts transposed": (fused_config, fused | {f"{FUSED}.down_proj": ("BF16", (8, 64, 128))}, "down_proj"),
         "fused biases of another count": (fused_config, fused | {f"{FUSED}.down_proj_bias": ("BF16", (7, 64))}, "down_proj_bias"),
         "fused experts are missing": (fused_config, {k: v for k, v in fused.items() if k != f"{FUSED}.gate_up_proj"}, FUSED),
         "a mixture where config says dense": (dense_config | {"mlp_only_layers": [0, 1]}, dense, "block 1"),

@@ -39,8 +39,7 @@ def test_a_file_cut_short_after_its_header_was_read_is_named(tiny_model_factory,
     weights.write_bytes(weights.read_bytes()[:-1000])
 
     with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors ends inside"):
-        for block in (None, 0, 1, 2, 3):
-            reader.outside() if block is None else reader.block(block)
+        [reader.block(block) for block in range(4)]
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])

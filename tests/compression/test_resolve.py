@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile, RequestError
-from compression.inventory import Inventory, take_inventory
+from compression.planner.inventory import Inventory, take_inventory
+from compression.planner.resolve import Resolved, resolve, smallest_cut, workable_counts
+from compression.planner.sizes import Cut, artifact_sizes
 from compression.recipe import BlockDrop, ExpertDrop, Prune, Quantize, Recipe, Serving
-from compression.resolve import Resolved, resolve, smallest_cut, workable_counts
-from compression.sizes import Cut, artifact_sizes
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 
@@ -71,7 +71,7 @@ def test_quantize_is_worked_last_and_says_its_group():
 
 @pytest.mark.parametrize(
     ("kept", "words"),
-    [(1, ("1 experts", "chooses 2")), (9, ("9 experts", "8 are left"))],
+    [(1, ("1 experts", "chooses 2", "keep at least 2")), (9, ("9 experts", "8 are left"))],
 )
 def test_a_count_below_top_k_or_above_what_there_is_is_impossible(kept: int, words: tuple[str, ...]):
     error = refusal(drop(experts_kept=kept))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from compression.checkpoint.headers import DTYPE_BITS, Checkpoint
 from compression.errors import BrokenCheckpoint
-from compression.inventory import take_inventory
+from compression.planner.inventory import take_inventory
+from compression.planner.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class, planned_tensors
 from compression.recipe import BITS, Serving
-from compression.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class, planned_tensors
 from tests.compression.made_checkpoints import Config, Tensors, checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 GIB = 2**30

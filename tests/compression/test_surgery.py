@@ -161,3 +161,9 @@ def test_dense_blocks_stay_dense_when_a_mixture_between_them_goes(tiny_model_fac
         True,
         False,
     ]
+
+
+def test_no_code_travels_with_the_artifact(tiny_model_factory, tmp_path):
+    config = {**Reader(tiny_model_factory("deepseek_v3")).config, "auto_map": {"AutoModel": "code.Model"}}
+
+    assert "auto_map" not in cut_config(config, family("deepseek_v3"), Cuts((0, 1, 2, 3), {}))

@@ -25,8 +25,8 @@ PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success"}
 class FakeReport:
     """As much of a report as the worker asks for."""
 
-    def __init__(self, fence_folder: str, blocks: int) -> None:
-        self._data = {"folder": fence_folder, "blocks": blocks}
+    def __init__(self, request: Compression, fence_folder: str, blocks: int) -> None:
+        self._data = {"folder": fence_folder, "blocks": blocks, "revision": request.revision}
 
     def result(self) -> dict[str, Any]:
         return {"bytes_before": 100, "bytes_after": 25, "ratio": 4.0, "verified": True}
@@ -51,7 +51,7 @@ def compress(request: Compression, model: Path, out: Path, listener: Listener) -
         progress.block(block, plan["blocks"], f"block {block}")
     _end(plan["ending"])
     (out / "report.json").write_text("{}")
-    return FakeReport(out.parent.name, plan["blocks"])
+    return FakeReport(request, out.parent.name, plan["blocks"])
 
 
 def _end(ending: str) -> None:

@@ -49,6 +49,8 @@ class Stand:
         self._write, self._read = session_maker(engine), reader_maker(engine)
         self.announcer = Announcer(self.settings)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.relatives: list[psutil.Process] = []
+        """Processes that a test saw and that must be gone at its end, though their parent may be gone before."""
 
     def _read_settings(self) -> Settings:
         names = {name.removeprefix("SLIMTRIM_").lower(): value for name, value in self.environment.items() if "SLIMTRIM_" in name}
@@ -69,7 +71,8 @@ class Stand:
 
     def post_request(self, request: dict[str, Any], *, announce: bool = True, **columns: Any) -> str:
         """Record a job for any request."""
-        row = Job(owner=OWNER, model=request["model"], request=request, resolved={"revision": None}, spec_hash="0", **columns)
+        columns = {"resolved": {"revision": None}, "spec_hash": "0", **columns}
+        row = Job(owner=OWNER, model=request["model"], request=request, **columns)
         with self.work() as work:
             job = work.jobs.add(row).job
             if announce:
@@ -158,7 +161,7 @@ class Stand:
 
     def close(self) -> None:
         """End everything; a process that outlives its parent fails the test."""
-        family: list[psutil.Process] = []
+        family = list(self.relatives)
         for process in self.processes:
             with suppress(psutil.Error):
                 family += psutil.Process(process.pid).children(recursive=True)

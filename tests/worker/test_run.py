@@ -19,7 +19,7 @@ def test_a_job_runs_and_is_published_with_report_manifest_and_files(stand: Stand
 
     assert (job.status, job.attempt, job.fence, job.status_reason) == (JobStatus.SUCCEEDED, 1, 1, None)
     assert job.artifact_prefix == f"artifacts/{job.id}/a1/"
-    assert stand.do(lambda work: work.jobs.report(OWNER, job.id)) == {"folder": "a1", "blocks": 3}
+    assert stand.do(lambda work: work.jobs.report(OWNER, job.id)) == {"folder": "a1", "blocks": 3, "revision": "main"}
     manifest = stand.do(lambda work: work.jobs.manifest(OWNER, job.id))
     assert manifest is not None
     stored = stand.settings.objects_folder / job.artifact_prefix
@@ -161,6 +161,23 @@ def test_a_model_outside_the_roots_is_refused_when_the_job_runs(stand: Stand):
 
     assert job.status_reason is not None
     assert job.status_reason["code"] == "source_not_allowed"
+
+
+def test_the_library_is_given_the_commit_that_was_planned_not_the_branch(stand: Stand):
+    stand.start_worker()
+    inline = {"source": {"inline": ["{}"]}}
+    request = {
+        "model": f"file://{stand.model}",
+        "recipe": {"steps": [{"step": "analyze"}]},
+        "calibration": inline,
+        "revision": "main",
+    }
+
+    job = stand.wait_over(stand.post_request(request, resolved={"revision": "c" * 40}))
+
+    report = stand.do(lambda work: work.jobs.report(OWNER, job.id))
+    assert report is not None
+    assert report["revision"] == "c" * 40
 
 
 def test_a_job_that_cannot_fit_on_the_disk_is_not_begun(stand: Stand):

@@ -101,6 +101,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(house: Stand):
     supervisor = ready(house)
     family = psutil.Process(supervisor.pid).children(recursive=True)
     assert len(family) >= 3
+    house.relatives += family
 
     supervisor.kill()
 

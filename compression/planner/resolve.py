@@ -12,9 +12,9 @@ from typing import NamedTuple, NoReturn
 
 from compression.architectures import Component
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile
-from compression.inventory import Inventory, config_count
+from compression.planner.inventory import Inventory, config_count
+from compression.planner.sizes import QUANTIZABLE, WHOLE_ROW, Cut, artifact_sizes, matrices_to_quantize
 from compression.recipe import AnyStep, BlockDrop, ExpertDrop, Quantize, Recipe, Serving
-from compression.sizes import QUANTIZABLE, WHOLE_ROW, Cut, artifact_sizes, matrices_to_quantize
 
 _GROUP_SIZES = (128, 64, 32)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 from compression.architectures import COMPONENTS, Component
 from compression.checkpoint.headers import DTYPE_BITS, TensorHeader
-from compression.inventory import Block, Inventory, Part, config_count
+from compression.planner.inventory import Block, Inventory, Part, config_count
 from compression.recipe import BITS, Serving
 
 QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
