@@ -12,9 +12,9 @@ from typing import Any
 from api.errors import Problem
 from api.schemas import JobRequest
 from api.service import Service
-from compression.planner.availability import check_request
 from compression.errors import NotAvailable
 from compression.plan import Plan, make_plan
+from compression.planner.availability import check_request
 from compression.recipe import Compression
 from jobs.database import reading, unit_of_work
 from jobs.errors import JobNotFound

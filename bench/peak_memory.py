@@ -83,6 +83,7 @@ def run(folder: Path) -> None:
 
 
 def main() -> None:
+    """Write both checkpoints, compress each in its own process, and compare the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs=2, default=[12, 48])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "slimtrim-peak")

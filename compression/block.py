@@ -67,8 +67,8 @@ class Shell:
                 self._config, None, {"": self.device}, True, {"framework": "pytorch", "from_auto": False}
             )
         with torch.device("meta"), quiet():
-            build = AutoModelForCausalLM._model_mapping[type(self._config)]  # type: ignore[index]
-            self.model = cast(PreTrainedModel, build._from_config(self._config, dtype=self.dtype)).eval()
+            stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
+            self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
             if self._quantizer is not None:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
@@ -139,7 +139,7 @@ class Shell:
 
     def _load(self, saved: Mapping[str, Tensor]) -> None:
         # The transforms keep state while they run, so every load gets its own copy.
-        mapping = deepcopy(get_model_conversion_mapping(self.model, None, self._quantizer))
+        mapping: Any = deepcopy(get_model_conversion_mapping(self.model, None, self._quantizer))
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
@@ -176,9 +176,10 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _revive_buffers(model: PreTrainedModel, modules: list[nn.Module], device: torch.device) -> None:
     # Buffers that are not saved (rotary tables) were built on meta too: the stock initialiser fills them.
     for module in modules:
-        missing = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None and module._buffers[n].is_meta]
-        for name in missing:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        unsaved = ((name, module._buffers[name]) for name in module._non_persistent_buffers_set)
+        missing = {name: buffer for name, buffer in unsaved if buffer is not None and buffer.is_meta}
+        for name, buffer in missing.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
         if missing:
             model._init_weights(module)
 

@@ -13,8 +13,8 @@ from api.headers import require_accept
 from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
 from api.views import as_json
 from compression.architectures import ARCHITECTURES, Architecture
-from compression.planner.availability import available_steps
 from compression.errors import NotAvailable
+from compression.planner.availability import available_steps
 
 router = APIRouter(tags=["catalog"])
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def refuse_non_finite(tensors: dict[str, Tensor]) -> None:
             raise NonFiniteWeights(f"{name} holds a NaN or an infinity; the checkpoint cannot be used as it is")
 
 
-def _tensor(header: TensorHeader, buffer: bytearray, handle: BinaryIO) -> Tensor:
+def _tensor(header: TensorHeader, buffer: bytearray, handle: BufferedReader) -> Tensor:
     if handle.readinto(buffer) != len(buffer):
         raise BrokenCheckpoint(f"{header.file} ends inside {header.name}; fetch the file again")
     dtype = TORCH_DTYPES[header.dtype]

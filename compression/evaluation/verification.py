@@ -106,9 +106,10 @@ def _whole(artifact: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
 def _open(folder: Path, device: torch.device, window: range) -> Any:
     renamed = {rf"model\.layers\.{block}\.": f"model.layers.{place}." for place, block in enumerate(window)}
     with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True
         )
+    model, info = opened
     # The tensors of a tied head are never in the files; everything else must be.
     if problems := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]), *sorted(info["mismatched_keys"])]:
         raise VerificationFailed(f"the stock loader misses or does not know {', '.join(map(str, problems[:3]))}")
