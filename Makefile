@@ -14,7 +14,7 @@ dev_stamp := $(VENV)/.installed-dev
 torch := $(shell grep '^torch==' constraints.txt)
 needed_kb := 3000000
 
-.PHONY: help demo serve test check bench
+.PHONY: help demo serve test check bench venv
 .DELETE_ON_ERROR:
 
 help:
@@ -29,7 +29,7 @@ serve: $(run_stamp)
 check: $(dev_stamp)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
-	$(py) -m pyright
+	$(py) -m pyright --pythonpath $(py)
 	$(VENV)/bin/lint-imports
 
 test: check
@@ -39,6 +39,8 @@ bench: $(run_stamp)
 	@for file in bench/[a-z]*.py; do \
 	    name=$$(basename $$file .py); echo "== bench.$$name"; $(py) -m bench.$$name || exit 1; \
 	done
+
+venv: $(py)
 
 # The stamps make a second call instant; a changed list of requirements installs again.
 $(run_stamp): requirements.txt constraints.txt | $(py)

@@ -25,6 +25,7 @@ from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
 from compression.evaluation.verification import verify
+from compression.memory import bound_kernel_caches
 from compression.methods import QUANTIZERS, choose_cuts
 from compression.plan import Plan, make_plan
 from compression.progress import Listener, Progress, Silent, Stage
@@ -44,6 +45,7 @@ def compress(
     ``host_memory``: bytes that this run may plan with; what is free when it is not given.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
+    bound_kernel_caches()
     run = Run(request, Reader(model), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
     with run.stage("planning"):
         run.plan_and_load_text()

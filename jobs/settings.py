@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from compression.errors import NotAvailable
@@ -30,6 +30,10 @@ def _split_keys(value: Any) -> Any:
     return tuple(ApiKey.parse(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _without_brackets(host: str) -> str:
+    return host.strip("[]")  # as IPv6 addresses are written in URLs
+
+
 Seconds = Annotated[float, Field(gt=0.0)]
 
 
@@ -38,7 +42,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback only with SLIMTRIM_API_KEYS.")
+    host: Annotated[str, AfterValidator(_without_brackets)] = Field(
+        "127.0.0.1", description="Address to listen on. Other than loopback only with SLIMTRIM_API_KEYS."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     data_dir: Path = Field(Path("data"), description="The one folder for database, queue, artifacts and scratch space.")
     model_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)] = Field(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from compression.errors import SlimtrimError
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
@@ -121,7 +121,7 @@ def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> No
             if time.monotonic() >= clean_at:
                 maintenance.clean()
                 clean_at = time.monotonic() + _CLEAN_EVERY_S
-        except (DBAPIError, SlimtrimError, OSError):  # the next round may find database and disk well again
+        except (SQLAlchemyError, SlimtrimError, OSError):  # the next round may find database and disk well again
             _log.exception("round failed")
         stop.wait(every_s)
 

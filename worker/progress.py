@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from compression.progress import BlockDone, Event, StageStarted, Warned, event_from_dict
 from jobs.attempts import Claim
@@ -61,7 +61,7 @@ class Heartbeat:
         try:
             with self._room.work() as work:
                 status = work.attempts.renew(self._claim, lease_s)
-        except DBAPIError:
+        except SQLAlchemyError:
             # Keep computing: the lease may still be good, and when it is not, the child stops by itself.
             self._log.exception("lease not renewed")
             return min(_RETRY_S, self._room.settings.heartbeat_s)
@@ -118,7 +118,7 @@ class EventWriter:
         try:
             with self._room.work() as work:
                 ours = write(work)
-        except DBAPIError:  # only for display; the next one may pass
+        except SQLAlchemyError:  # only for display; the next one may pass
             self._log.exception("event not written")
             return
         self._written_at = time.monotonic()

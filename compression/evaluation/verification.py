@@ -9,6 +9,7 @@ Shapes: B sequences, S tokens each, D width, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from compression.block import quiet
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import write_json
 from compression.errors import VerificationFailed
+from compression.memory import give_back
 from compression.report import Verification
 from compression.sweep import OnBlock
 from compression.trimming import Cuts
@@ -82,6 +84,8 @@ def in_windows(
             logits_BSV, hidden_BSD = _run(model, inputs)
             inputs = {"inputs_embeds": hidden_BSD}
             del model
+        gc.collect()  # a loaded model refers to itself, so it would stay until the collector happens to run
+        give_back()
     return logits_BSV
 
 

@@ -5,11 +5,8 @@ python -m examples.demo.generate FOLDER...
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # before the loaders are imported: their bars would hide what they load
 
 import torch
 import transformers

@@ -31,7 +31,7 @@ from examples.demo.tables import plan_table, report_table, seconds_table
 SHARE = 4
 """The target is one part in so many of the model's bytes."""
 STEPS: list[dict[str, Any]] = [
-    {"step": "expert_drop", "criterion": "reap", "experts_kept": 6},
+    {"step": "expert_drop", "criterion": "reap", "experts_kept": 7},
     {"step": "block_drop", "blocks_dropped": 1},
     {"step": "quantize", "method": "gptq", "scheme": "W4A16", "group_size": 64, "attention": "W4A16"},
 ]
@@ -125,9 +125,11 @@ class Demo:
         return job
 
     def _module(self, name: str, *arguments: str) -> None:
-        ended = subprocess.run([sys.executable, "-m", name, *arguments], check=False)
+        """Run one of our modules. What it says on standard error, loaders' bars above all, is shown only when it fails."""
+        ended = subprocess.run([sys.executable, "-m", name, *arguments], stderr=subprocess.PIPE, text=True, check=False)
         if ended.returncode:
-            raise DemoFailed(f"python -m {name} ended with exit status {ended.returncode}")
+            last = "\n".join(ended.stderr.splitlines()[-15:])
+            raise DemoFailed(f"python -m {name} ended with exit status {ended.returncode}\n{last}")
 
     @contextmanager
     def _part(self, title: str, name: str) -> Iterator[None]:

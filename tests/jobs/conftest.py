@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import select, update
 
-from jobs.attempts import Claim
+from jobs.attempts import Claim, Success
 from jobs.database import UnitOfWork, make_engine, migrate, reader_maker, session_maker, unit_of_work
+from jobs.endings import Cause
 from jobs.settings import Settings
 from jobs.status import HELD, TERMINAL, JobStatus
-from jobs.tables import Job, JobAttempt, JobEvent
+from jobs.tables import Job, JobAttempt, JobEvent, no_progress
 
 OWNER = "ann"
 Answer = TypeVar("Answer")
+SUCCESS = Success({"ratio": 4.0}, {"ledger": []}, {"files": [], "bytes": 0}, "artifacts/x/a1/")
+PASSING = Cause("download_failed", "cut off", retryable=True)
+LASTING = Cause("broken_checkpoint", "a lie", retryable=False)
 
 
 class Rows:
@@ -94,3 +99,36 @@ def rows(tmp_path: Path) -> Iterator[Rows]:
     rows = Rows(tmp_path / "data")
     yield rows
     rows.engine.dispose()
+
+
+def all_at_once(acts: list[Callable[[], Any]]) -> list[Any]:
+    """Run every act in a thread of its own, as simultaneously as threads can; return what they returned."""
+    barrier, results = threading.Barrier(len(acts)), [None] * len(acts)
+
+    def run(index: int) -> None:
+        barrier.wait()
+        try:
+            results[index] = acts[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+WRITES: dict[str, Callable[[UnitOfWork, Claim], Any]] = {
+    "renew": lambda work, claim: work.attempts.renew(claim, 60.0),
+    "enter_stage": lambda work, claim: work.attempts.enter_stage(claim, "studying", 0.1),
+    "advance": lambda work, claim: work.attempts.advance(claim, no_progress() | {"fraction": 0.9}),
+    "warn": lambda work, claim: work.attempts.warn(claim, "code", "message"),
+    "note_plan": lambda work, claim: work.attempts.note_plan(claim, {"bytes_after": 1}),
+    "note_resolved": lambda work, claim: work.attempts.note_resolved(claim, {"revision": "abc"}),
+    "succeed": lambda work, claim: work.attempts.succeed(claim, SUCCESS),
+    "fail": lambda work, claim: work.attempts.fail(claim, LASTING, 0.0),
+    "release": lambda work, claim: work.attempts.release(claim),
+}
+"""Everything that a worker may write under its claim."""

@@ -38,9 +38,10 @@ def main() -> None:
             time.sleep(600)
         case "waits for its lease to pass":
             channel.stop_on_sigterm()
-            while not channel.should_stop:
+            end = time.monotonic() + 60  # for hangs only
+            while not channel.should_stop and time.monotonic() < end:
                 time.sleep(0.01)
-            channel.say({"type": "stopped"})
+            channel.say({"type": "stopped" if channel.should_stop else "result"})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ class Stand:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLIMTRIM_")},
             **{f"SLIMTRIM_{name}": str(value) for name, value in {**fast, **own, **settings}.items()},
-            "PYTHONFAULTHANDLER": "",
         }
         self.settings = self._read_settings()
         migrate(self.settings)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from jobs.status import JobStatus
-from tests.worker.stand import OWNER, Stand
+from tests.worker.stand import OWNER, Stand, a_stand
 
 
 def test_a_job_runs_and_is_published_with_report_manifest_and_files(stand: Stand):
@@ -47,6 +49,18 @@ def test_the_events_tell_the_run_in_order_and_progress_only_grows(stand: Stand):
     assert len(fractions) >= 3
     assert all(before < after for before, after in pairwise(fractions))
     assert all(event.data["eta_at"].endswith("Z") for event in events if event.type == "job.progress")
+
+
+def test_a_job_that_runs_longer_than_its_lease_keeps_it(tmp_path: Path):
+    with a_stand(tmp_path, LEASE_S=3) as stand:
+        stand.start("worker.maintenance")
+        stand.start_worker()
+
+        job = stand.wait_over(stand.post(blocks=40, block_s=0.15))
+
+        assert (job.status, job.fence) == (JobStatus.SUCCEEDED, 1)
+        attempt = stand.attempts(job.id)[0]
+        assert attempt.lease_until - attempt.started_at > timedelta(seconds=6)
 
 
 def test_nothing_is_left_in_scratch_and_the_message_is_gone(stand: Stand):
@@ -136,15 +150,12 @@ def test_a_worker_survives_a_poisonous_job(stand: Stand):
     assert stand.wait_over(stand.post()).status == JobStatus.SUCCEEDED
 
 
-def test_the_library_sees_no_setting_and_no_token(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_the_library_sees_no_setting_and_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc")
-    stand = Stand(tmp_path, HF_TOKEN="hf_abcdefghijklmnop")
-    try:
+    with a_stand(tmp_path, HF_TOKEN="hf_abcdefghijklmnop") as stand:
         stand.start_worker()
         job = stand.wait_over(stand.post(ending="environment"))
-    finally:
-        stand.close()
 
     assert job.status_reason is not None
     names = set(json.loads(job.status_reason["message"]))
