@@ -15,7 +15,7 @@ from compression.moe import moe_layer
 from compression.recipe import Quantize
 from compression.slim import slim_
 from compression.slimming import gptq
-from compression.slimming.grid import Grid
+from compression.slimming.grid import Grid, dequantize
 from compression.sweep import Stream
 from tests.tiny_models import MODEL_TYPES
 
@@ -103,7 +103,10 @@ def test_down_proj_is_solved_on_what_the_already_quantized_gate_and_up_feed_it(t
 
         slim_(saved, block, step, stream=stream, architecture=architecture, index=index)
 
-        # slim_ leaves the dequantized gate and up in the live block.
+        packed = (saved[f"{architecture.experts_prefix(index)}.5.{part}.weight_packed"] for part in ("w1", "w3"))
+        scales = (saved[f"{architecture.experts_prefix(index)}.5.{part}.weight_scale"] for part in ("w1", "w3"))
+        served_OI = torch.cat([dequantize(unpack(p, 4, 64), s) for p, s in zip(packed, scales, strict=True)])
+        assert torch.equal(layer.experts.gate_up_proj[5], served_OI)  # slim_ leaves the served gate and up in the live block
         gram = routed.inner_gram(range(8), layer, torch.device("cpu"))
         expected, _ = gptq.quantize(down_EDF, gram.value_EII, Grid(4, 32))
     for expert in range(8):

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from compression.block import Shell
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.packing import unpack
-from compression.errors import ConstraintViolated, NotLoadableInProfile, Stopped
+from compression.checkpoint.writer import Writer
+from compression.errors import ConstraintViolated, NotLoadableInProfile, Stopped, VerificationFailed
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.progress import BlockDone, StageStarted
@@ -131,6 +133,23 @@ def test_dequantized_by_hand_the_artifact_is_the_model_that_the_stock_loader_ope
     assert torch.equal(opened, by_hand_OI)
 
 
+def test_an_artifact_that_is_not_as_big_as_planned_is_not_published(tiny_model_factory, tmp_path, monkeypatch):
+    folder = tiny_model_factory("mixtral", dtype="bfloat16")
+    original = Writer.block
+    monkeypatch.setattr(
+        Writer, "block", lambda self, i, saved: original(self, i, {**saved, "stray": torch.zeros(3)} if i == 3 else saved)
+    )
+    monkeypatch.setattr("compression.block.Shell._load", lenient(Shell._load))
+
+    with pytest.raises(VerificationFailed, match="where the plan promised"):
+        compress(a_request(folder, TRIMS["expert_drop"]), folder, tmp_path / "out")
+
+
+def lenient(load):
+    """The stock loader refuses strays by itself; here it shall be the bytes that give them away."""
+    return lambda self, saved: load(self, {name: tensor for name, tensor in saved.items() if name != "stray"})
+
+
 def test_steps_in_another_order_give_the_very_same_artifact(tiny_model_factory, tmp_path):
     folder = tiny_model_factory("qwen3_moe", dtype="bfloat16")
     drop = TRIMS["expert_drop"][0]
@@ -221,6 +240,8 @@ def test_the_artifact_carries_its_report_its_card_and_its_tokenizer(tiny_model_f
     report = compress(a_request(folder, [GPTQ]), folder, tmp_path / "out")
 
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    quality = report.quality
+    assert report.result()["retention"] == quality.retention == math.exp(quality.loss_before - quality.loss_after) != 1.0
     assert stored["quality"]["perplexity_after"] == report.quality.perplexity_after
     assert stored["ratio"] == report.ratio
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

@@ -67,6 +67,23 @@ def test_every_sum_equals_a_token_by_token_reference_in_float64(tiny_model_facto
         torch.testing.assert_close(statistics.weighted_norm_E, norm_E, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_the_cosine_is_that_of_the_stock_models_hidden_states(tiny_model_factory, model_type):
+    folder = tiny_model_factory(model_type)
+    states = []
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for block in model.get_decoder().layers:
+        block.register_forward_hook(lambda module, args, output: states.append((args[0], output)))
+    model(input_ids=IDS_NS, use_cache=False)
+
+    ours = study(folder, model_type, IDS_NS)
+
+    for index, (before, after) in enumerate(states):
+        cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1).mean().item()
+        assert ours.cosine(index) == pytest.approx(cosine, rel=1e-12)
+
+
 def test_splitting_the_calibration_set_changes_no_count_and_sums_by_rounding_only(tiny_model_factory):
     folder = tiny_model_factory("qwen3_moe")
 

@@ -107,6 +107,16 @@ def test_a_nan_in_a_weight_stops_the_sweep_and_names_the_tensor(tiny_model_facto
         sweep(shell, reader, Stream(shell, torch.arange(3, 19)[None]), Push(), ignore)
 
 
+def test_a_nan_among_the_activations_stops_the_sweep_and_names_the_block(tiny_model_factory):
+    reader = Reader(tiny_model_factory("mixtral"))
+    shell = Shell(reader.config, reader.outside())
+    stream = Stream(shell, torch.arange(3, 19)[None])
+    stream.hidden[0][0, 3, 5] = torch.inf
+
+    with pytest.raises(NonFiniteWeights, match="leaving block 0"):
+        sweep(shell, reader, stream, Push(), ignore)
+
+
 def test_the_sweep_stops_at_the_end_of_a_block_when_asked(tiny_model_factory):
     reader = Reader(tiny_model_factory("mixtral"))
     shell = Shell(reader.config, reader.outside())
