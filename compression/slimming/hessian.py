@@ -1,4 +1,8 @@
-"""The Gram matrix of every expert's inputs, X^T X / tokens, and its factor: what second-order methods know of the data.
+"""What calibration leaves of every expert's inputs: their mean squares, or the whole Gram matrix, and its factor.
+
+The Gram matrix, X^T X / tokens, is what second-order methods know of the data; its diagonal is all that first-order ones
+need. With routing weights, each token's outer product counts by the weight its expert's output is multiplied with (Hu et
+al., "MoEQuant", arXiv:2505.03804).
 
 Half the Hessian of the squared output error with respect to one row of weights, hence the module's name in the
 papers (Frantar et al., arXiv:2210.17323, section 2). Products and running sum are float32: a product of two bf16
@@ -13,8 +17,6 @@ Shapes: E experts, I input features, T tokens, K experts chosen per token, S tok
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -38,20 +40,18 @@ class Gram:
 
     def update(self, x_TI: Tensor) -> None:
         """Show the tokens to the only expert of a stack of one."""
-        assert self.tokens_E.numel() == 1, "a stack of experts needs update_routed"
+        assert self.tokens_E.numel() == 1, "a stack of experts needs add_rows"
         self.add_rows(0, x_TI)
 
-    def update_routed(self, x_TI: Tensor, ids_TK: Tensor) -> None:
-        """Show every token to the experts that the router chose for it."""
-        for expert, rows_S in sorted_by_expert(ids_TK, self.tokens_E.numel()):
-            self.add_rows(expert, x_TI.index_select(0, rows_S))
-
     @torch.no_grad()
-    def add_rows(self, expert: int, rows_SI: Tensor) -> None:
-        """Show tokens to one expert. Fewer, longer calls are faster: each one reads and writes the whole matrix."""
+    def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
+        """Show tokens to one expert, each counted ``weight_S`` times where given.
+
+        Fewer, longer calls are faster: each one reads and writes the whole matrix.
+        """
         assert not self._finished, "the mean has been taken; no more tokens can be shown"
         sum_II = self._sum_EII[expert]
-        x_SI = rows_SI.to(sum_II)
+        x_SI = _weighed(rows_SI.to(sum_II), weight_S)
         for start in range(0, sum_II.shape[0], _STRIPE):
             stop = start + _STRIPE
             sum_II[start:stop, :stop].addmm_(x_SI[:, start:stop].T, x_SI[:, :stop])
@@ -68,27 +68,48 @@ class Gram:
         return self._sum_EII
 
 
-def sorted_by_expert(ids_TK: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield each expert that was chosen at all, with the indices of its tokens in ascending order.
+class InputNorm:
+    """The mean square of each input feature of each expert over all calibration tokens seen so far."""
 
-    One stable sort for all experts, so that machines agree on the order in which products are summed.
-    """
-    chosen = ids_TK.flatten()
-    token_of = torch.argsort(chosen, stable=True) // ids_TK.shape[1]
-    start = 0
-    for expert, count in enumerate(torch.bincount(chosen, minlength=experts).tolist()):
-        if count:
-            yield expert, token_of[start : start + count]
-        start += count
+    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
+        self._sum_EI = torch.zeros(experts, width, dtype=torch.float64, device=device)
+        self.tokens_E = torch.zeros(experts, dtype=torch.int64)
+        """Tokens each expert was shown; on the host."""
+
+    def update(self, x_TI: Tensor) -> None:
+        """Show the tokens to the only expert of a stack of one."""
+        assert self.tokens_E.numel() == 1, "a stack of experts needs add_rows"
+        self.add_rows(0, x_TI)
+
+    @torch.no_grad()
+    def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
+        """Show tokens to one expert, each counted ``weight_S`` times where given."""
+        self._sum_EI[expert] += _weighed(rows_SI.float(), weight_S).square_().sum(dim=0, dtype=torch.float64)
+        self.tokens_E[expert] += rows_SI.shape[0]
+
+    @property
+    def value_EI(self) -> Tensor:
+        """The means, zero where an expert saw no token."""
+        return self._sum_EI / self.tokens_E.clamp(min=1).to(self._sum_EI.device)[:, None]
+
+
+Statistic = Gram | InputNorm
+
+
+def _weighed(x_SI: Tensor, weight_S: Tensor | None) -> Tensor:
+    # Always a tensor of its own, which the caller may change.
+    return x_SI * (1.0 if weight_S is None else weight_S.to(x_SI).sqrt()[:, None])
 
 
 @torch.no_grad()
-def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, damping: float) -> Tensor:
-    """Fill ``factor_EII`` with N of each damped Gram matrix, its inputs in the order given; return the damping used.
+def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+    """Fill ``factor_EII`` with N of each damped Gram matrix, its inputs in the order given.
 
-    Below the diagonal, that is; the rest of it means nothing. ``damping`` is a multiple of the mean diagonal and rises for
-    the experts that fail, for them alone. Where no damping helps, it is ``inf`` and nothing is left below the diagonal:
-    no input repairs another.
+    Below the diagonal, that is; the rest of it means nothing. Returns the damping used per expert, on the host, and the
+    diagonal D [E, I]: what is left of an input's mean square once the inputs after it are known.
+
+    ``damping`` is a multiple of the mean diagonal and rises for the experts that fail, for them alone. Where no damping
+    helps, it is ``inf``, nothing is left below the diagonal, and D is one: no input repairs another, all are equal.
     """
     diagonal_EI = gram_EII.diagonal(dim1=1, dim2=2).float()
     mean_E = diagonal_EI.mean(dim=1)
@@ -96,15 +117,18 @@ def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, d
     pivot_EI = torch.where(diagonal_EI == 0, mean_E.unsqueeze(1), diagonal_EI).gather(1, order_EI)
     hopeful = ((mean_E > 0) & mean_E.isfinite()).tolist()
     used_E = torch.full(mean_E.shape, torch.inf, dtype=torch.float64)
+    left_EI = torch.ones_like(diagonal_EI)
     stack_EII, todo = factor_EII, list(range(len(hopeful)))
     for power in range(_TRIES):
         multiple = damping * 10**power
         for place, expert in enumerate(todo):
             _permute_into_(stack_EII[place], gram_EII[expert], order_EI[expert])
             stack_EII[place].diagonal().copy_(pivot_EI[expert] + multiple * mean_E[expert])
-        for place, fine in enumerate(_factor_(stack_EII).tolist()):
+        fine_E, squares_EI = _factor_(stack_EII)
+        for place, fine in enumerate(fine_E.tolist()):
             if fine:
                 used_E[todo[place]] = multiple
+                left_EI[todo[place]] = squares_EI[place]
                 if power:
                     factor_EII[todo[place]] = stack_EII[place]
         todo = [expert for expert in todo if used_E[expert].isinf() and hopeful[expert]]
@@ -112,15 +136,15 @@ def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, d
             break
         stack_EII = factor_EII.new_empty(len(todo), *factor_EII.shape[1:])
     factor_EII[used_E.isinf().to(factor_EII.device)] = 0
-    return used_E
+    return used_E, left_EI
 
 
 def _permute_into_(permuted_II: Tensor, gram_II: Tensor, order_I: Tensor) -> None:
     torch.index_select(gram_II.float().index_select(0, order_I), 1, order_I, out=permuted_II)
 
 
-def _factor_(gram_EII: Tensor) -> Tensor:
-    # In place, from the last panel of rows to the first; says which experts came out finite and positive.
+def _factor_(gram_EII: Tensor) -> tuple[Tensor, Tensor]:
+    # In place, from the last panel of rows to the first; says which experts came out finite and positive, and D.
     inputs = gram_EII.shape[1]
     fine_E = torch.ones(gram_EII.shape[0], dtype=torch.bool, device=gram_EII.device)
     for start in reversed(range(0, inputs, _PANEL)):
@@ -138,9 +162,10 @@ def _factor_(gram_EII: Tensor) -> Tensor:
             inverse_EPP = torch.linalg.solve_triangular(corner_EPP, eye_PP.expand_as(corner_EPP), upper=True)
             panel_EPI[:, :, :start] = inverse_EPP @ panel_EPI[:, :, :start]
         panel_EPI[:, :, start:stop] = corner_EPP.mT
-    gram_EII /= gram_EII.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
+    root_EI = gram_EII.diagonal(dim1=1, dim2=2).clone()
+    gram_EII /= root_EI.unsqueeze(2)
     # Not every library's cholesky_ex reports a NaN.
-    return fine_E & gram_EII.sum(dim=(1, 2)).isfinite()
+    return fine_E & gram_EII.sum(dim=(1, 2)).isfinite(), root_EI.square_()
 
 
 def _mirror_(sum_II: Tensor) -> None:

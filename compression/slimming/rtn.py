@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compression.slimming.grid import Grid, Quantized, quantize, search_scales
+from compression.slimming.grid import AnyGrid, Quantized, quantize, search_scales
 
 
-def round_to_nearest(weight_EOI: Tensor, grid: Grid) -> Quantized:
+def round_to_nearest(weight_EOI: Tensor, grid: AnyGrid) -> Quantized:
     """Return the stack rounded to the grid whose scales lose least on the weights themselves."""
     scale_EOG = search_scales(weight_EOI, grid)
     return Quantized(quantize(weight_EOI, scale_EOG, grid), scale_EOG)

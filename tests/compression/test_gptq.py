@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.slimming import gptq
-from compression.slimming.gptq import output_error
+from compression.slimming import feedback, gptq
+from compression.slimming.damage import relative_error
 from compression.slimming.grid import Grid, Quantized, dequantize
 from compression.slimming.rtn import round_to_nearest
 
@@ -152,11 +152,11 @@ def test_an_expert_gets_the_same_codes_alone_in_the_stack_and_in_any_chunk(
     monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, bits: int, group_size: int
 ):
     grid, weight_EOI, gram_EII = Grid(bits, group_size), weights(7, outputs, inputs), grams(7, inputs)
-    monkeypatch.setattr(gptq, "_experts_at_once", lambda weight_EOI: len(weight_EOI))
+    monkeypatch.setattr(feedback, "_experts_at_once", lambda weight_EOI: len(weight_EOI))
     together_EOI = gptq.quantize(weight_EOI, gram_EII, grid)[0].codes_EOI
 
     for at_once in (1, 3):
-        monkeypatch.setattr(gptq, "_experts_at_once", lambda _, at_once=at_once: at_once)
+        monkeypatch.setattr(feedback, "_experts_at_once", lambda _, at_once=at_once: at_once)
         assert torch.equal(gptq.quantize(weight_EOI, gram_EII, grid)[0].codes_EOI, together_EOI)
     for e in range(7):
         alone_1OI = gptq.quantize(weight_EOI[e, None], gram_EII[e, None], grid)[0].codes_EOI
@@ -194,6 +194,10 @@ def test_the_output_error_is_well_below_that_of_rounding_on_correlated_inputs(
 
     rounded_E = output_error(weight_EOI, round_to_nearest(weight_EOI, grid), gram_EII)
     assert (output_error(weight_EOI, quantized, gram_EII) < 0.6 * rounded_E).all()
+
+
+def output_error(weight_EOI: Tensor, quantized: Quantized, gram_EII: Tensor) -> Tensor:
+    return relative_error(weight_EOI, dequantize(quantized.codes_EOI, quantized.scale_EOG), gram_EII)
 
 
 def indefinite(width: int) -> Tensor:
@@ -250,36 +254,6 @@ def test_the_damping_that_was_needed_is_told():
     assert damping_E.tolist() == pytest.approx([0.1])
 
 
-def test_output_error_is_the_lost_share_of_the_outputs_energy():
-    x_TI, weight_EOI = correlated_tokens(300, 64), weights(1, 16, 64)
-    quantized = round_to_nearest(weight_EOI, Grid(3, 32))
-    lost_EOI = weight_EOI - dequantize(quantized.codes_EOI, quantized.scale_EOG)
-
-    error_E = output_error(weight_EOI, quantized, (x_TI.T @ x_TI / 300).unsqueeze(0))
-
-    share = (x_TI @ lost_EOI[0].T).square().sum() / (x_TI @ weight_EOI[0].T).square().sum()
-    assert error_E.item() == pytest.approx(share.item(), rel=1e-4)  # both in float32, summed in different orders
-
-
-def test_output_error_is_zero_without_tokens_and_without_loss():
-    codes_EOI = torch.randint(-8, 8, (2, 4, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    quantized = Quantized(codes_EOI, torch.full((2, 4, 1), 0.25))
-
-    assert output_error(weights(2, 4, 32), quantized, torch.zeros(2, 32, 32)).tolist() == [0.0, 0.0]
-    assert output_error(dequantize(codes_EOI, quantized.scale_EOG), quantized, grams(2, 32)).tolist() == [0.0, 0.0]
-
-
-def test_output_error_of_one_expert_is_not_anothers():
-    grid, weight_EOI, gram_EII = Grid(4, 32), weights(3, 8, 64), grams(3, 64)
-    quantized = round_to_nearest(weight_EOI, grid)
-
-    together_E = output_error(weight_EOI, quantized, gram_EII)
-
-    for e in range(3):
-        alone = Quantized(quantized.codes_EOI[e, None], quantized.scale_EOG[e, None])
-        assert output_error(weight_EOI[e, None], alone, gram_EII[e, None])[0] == together_E[e]
-
-
 def test_arguments_are_left_alone_and_parameters_are_taken_as_they_are():
     weight_EOI, gram_EII = torch.nn.Parameter(weights(2, 8, 64)), grams(2, 64)
     before_EOI, before_EII = weight_EOI.detach().clone(), gram_EII.clone()
@@ -298,6 +272,6 @@ def test_fewer_experts_are_solved_at_once_when_memory_is_short(monkeypatch: pyte
 
     for free in (0, 4 * 10 * one_expert, 2**60):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        counts.append(gptq._experts_at_once(weight_EOI))
+        counts.append(feedback._experts_at_once(weight_EOI))
 
     assert counts == [1, 10, 64]

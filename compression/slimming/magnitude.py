@@ -1,0 +1,22 @@
+"""Magnitude: drop the weights that are nearest to zero. Needs no calibration; what every other pruning method must beat.
+
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", arXiv:1506.02626.
+
+Shapes: E experts, O output features, I input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compression.slimming.masks import NOfM, Pattern, keep_largest
+
+
+@torch.no_grad()
+def prune(weight_EOI: Tensor, pattern: Pattern) -> Tensor:
+    """Return the stack with its smallest weights at zero; unstructured, the weights of a whole matrix are compared."""
+    score_EOI = weight_EOI.float().abs()
+    if isinstance(pattern, NOfM):
+        return weight_EOI * keep_largest(score_EOI, pattern)
+    return weight_EOI * keep_largest(score_EOI.flatten(1), pattern).view(weight_EOI.shape)
