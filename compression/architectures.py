@@ -56,6 +56,16 @@ class Architecture:
     expert_width_key: str = "moe_intermediate_size"
     gating: Literal["exact", "clamped"] = "exact"
     """Whether a scale on ``up_proj`` passes through act(gate) * up unchanged."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router turns its logits into probabilities."""
+    feed_forward_norm: str = "post_attention_layernorm"
+    """The norm that router, experts, shared experts or dense layer read, and nothing else does."""
+    attention_norms: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("input_layernorm", ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")),
+        ("self_attn.q_a_layernorm", ("q_b_proj",)),
+        ("self_attn.kv_a_layernorm", ("kv_b_proj",)),
+    )
+    """Norms with those projections of ``self_attn`` that read them, where the family has them, and nothing else does."""
     latent_attention: bool = False
     """Whether the key-value cache holds a compressed latent (multi-head latent attention)."""
     window: Literal["listed", "everywhere", "flagged"] = "listed"
@@ -116,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen3_moe", ("num_experts", "num_local_experts"), window="flagged", **_QWEN),
         Architecture("olmoe", ("num_experts",), moe="mlp", expert_width_key="intermediate_size"),
         Architecture("deepseek_v2", ("n_routed_experts",), **_DEEPSEEK),
-        Architecture("deepseek_v3", ("n_routed_experts",), group_members=2, **_DEEPSEEK),
+        Architecture("deepseek_v3", ("n_routed_experts",), group_members=2, router_scores="sigmoid", **_DEEPSEEK),
         Architecture(
             "gpt_oss",
             ("num_local_experts",),

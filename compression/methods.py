@@ -7,40 +7,99 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compression.recipe import BlockDrop, ExpertDrop
-from compression.slimming import gptq, rtn
-from compression.slimming.grid import Grid, Quantized
+from compression.recipe import BlockDrop, ExpertDrop, Prune
+from compression.slimming import awq, gptq, magnitude, rtn, sparsegpt, wanda
+from compression.slimming.grid import AnyGrid, Quantized
+from compression.slimming.hessian import Gram, InputNorm, Statistic
+from compression.slimming.masks import NOfM, Pattern, Unstructured
 from compression.study import Study
 from compression.trimming import Cuts, block_drop, expert_drop
+
+Needs = Literal["nothing", "input_norm", "gram"]
+"""What a method must know of a weight's inputs, least first."""
+NEEDS: tuple[Needs, ...] = ("nothing", "input_norm", "gram")
+STATISTICS: dict[Needs, type[Statistic]] = {"input_norm": InputNorm, "gram": Gram}
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A way to set weights of a stack to zero."""
+
+    run: Callable[[Tensor, Statistic | None, Pattern], tuple[Tensor, Tensor]]
+    """(weight [E, O, I], statistic, pattern) -> weight, damping used per expert [E]."""
+    needs: Needs
+    fallback: str = "magnitude"
+    """What it is for an expert whose inputs are unknown."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A way to put a stack of weights on a grid."""
+    """A way to put a stack of weights on a grid; a weight that is zero stays so."""
 
-    name: str
-    run: Callable[[Tensor, Tensor | None, Grid], tuple[Quantized, Tensor]]
-    """(weight [E, O, I], Gram [E, I, I] or None, grid) -> codes and scales, damping used per expert [E]."""
-    needs_gram: bool
-
-
-def _rtn(weight_EOI: Tensor, gram_EII: Tensor | None, grid: Grid) -> tuple[Quantized, Tensor]:
-    return rtn.round_to_nearest(weight_EOI, grid), torch.full((weight_EOI.shape[0],), torch.inf)
+    run: Callable[[Tensor, Statistic | None, AnyGrid], tuple[Quantized, Tensor]]
+    """(weight [E, O, I], statistic, grid) -> codes and scales, damping used per expert [E]."""
+    needs: Needs
+    fallback: str = "rtn"
+    """What it is for an expert whose inputs are unknown."""
 
 
-def _gptq(weight_EOI: Tensor, gram_EII: Tensor | None, grid: Grid) -> tuple[Quantized, Tensor]:
-    assert gram_EII is not None
-    return gptq.quantize(weight_EOI, gram_EII, grid)
+def _undamped(weight_EOI: Tensor) -> Tensor:
+    return torch.zeros(weight_EOI.shape[0], dtype=torch.float64)
 
 
-QUANTIZERS: dict[str, Quantizer] = {
-    "rtn": Quantizer("rtn", _rtn, needs_gram=False),
-    "gptq": Quantizer("gptq", _gptq, needs_gram=True),
+def _magnitude(weight_EOI: Tensor, statistic: Statistic | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    return magnitude.prune(weight_EOI, pattern), _undamped(weight_EOI)
+
+
+def _wanda(weight_EOI: Tensor, statistic: Statistic | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    assert statistic is not None
+    return wanda.prune(weight_EOI, statistic.mean_square_EI, pattern), _undamped(weight_EOI)
+
+
+def _sparsegpt(weight_EOI: Tensor, statistic: Statistic | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    assert isinstance(statistic, Gram)
+    return sparsegpt.prune(weight_EOI, statistic.value, pattern)
+
+
+def _rtn(weight_EOI: Tensor, statistic: Statistic | None, grid: AnyGrid) -> tuple[Quantized, Tensor]:
+    return rtn.round_to_nearest(weight_EOI, grid), _undamped(weight_EOI)
+
+
+def _gptq(weight_EOI: Tensor, statistic: Statistic | None, grid: AnyGrid) -> tuple[Quantized, Tensor]:
+    assert isinstance(statistic, Gram)
+    kept_EOI = weight_EOI != 0
+    return gptq.quantize(weight_EOI, statistic.value, grid, kept_EOI=None if kept_EOI.all() else kept_EOI)
+
+
+def _awq(weight_EOI: Tensor, statistic: Statistic | None, grid: AnyGrid) -> tuple[Quantized, Tensor]:
+    assert statistic is not None
+    return awq.round_weighted(weight_EOI, statistic.mean_square_EI, grid), _undamped(weight_EOI)
+
+
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": Pruner(_magnitude, "nothing"),
+    "wanda": Pruner(_wanda, "input_norm"),
+    "sparsegpt": Pruner(_sparsegpt, "gram"),
 }
+QUANTIZERS: dict[str, Quantizer] = {
+    "rtn": Quantizer(_rtn, "nothing"),
+    "gptq": Quantizer(_gptq, "gram"),
+    "awq": Quantizer(_awq, "gram"),  # its scales, chosen before for everything that reads one norm: balance.py
+}
+
+
+def pattern_of(step: Prune) -> Pattern:
+    """Return the part of a prune step that the mathematics needs."""
+    if step.pattern is not None:
+        n, m = step.pattern.split(":")
+        return NOfM(int(n), int(m))
+    assert step.sparsity is not None, "the step's class demands one of the two"
+    return Unstructured(step.sparsity)
 
 
 def choose_cuts(steps: tuple[object, ...], study: Study | None, cuts: Cuts, *, candidates: frozenset[int], groups: int) -> Cuts:

@@ -51,6 +51,11 @@ class MoELayer:
             hook.remove()
             self.experts.__dict__.pop("forward", None)
 
+    def stack(self, name: str, experts: range) -> Tensor:
+        """Return one matrix of these experts [E, O, I], as a view into the live parameter."""
+        stack = getattr(self.experts, name).data[experts.start : experts.stop]
+        return stack.mT if self.experts.is_transposed else stack
+
     def gated(self, expert: int, x_TD: Tensor) -> Tensor:
         """Return what enters the expert's ``down_proj`` [T, F]."""
         return self.experts._apply_gate(self._project("gate_up_proj", expert, x_TD))  # type: ignore[operator]

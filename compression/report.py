@@ -21,18 +21,29 @@ class LedgerRow(Record):
     """What was done to one weight."""
 
     tensor: str
-    """Its saved name in the artifact, before packing."""
+    """Its saved name in the artifact, before packing; with ``[e]`` behind it, expert e's part of a tensor that holds all."""
     scheme: str
+    """``keep`` where the weight was pruned and stayed in its own dtype."""
     method_asked: str
+    """With pruning and quantization, both, as ``sparsegpt+gptq``."""
     method_used: str
-    """``rtn`` where the calibration said nothing about the weight's inputs."""
+    """``rtn`` or ``magnitude`` in place of a method that the calibration told too little about the weight's inputs."""
     tokens: int | None
-    """Calibration tokens that went through the weight; None where none were needed."""
+    """Calibration tokens that the model itself sent through the weight; None where none were needed."""
+    tokens_topped_up: int
+    """Further tokens that a starved expert was shown: those the router came nearest to sending."""
     damping: float | None
     """Multiple of the mean diagonal added to the Gram matrix; None where none was used."""
-    error: float
-    """Relative squared error, of ``error_of``: the weight's outputs on the calibration tokens, or the weight itself."""
-    error_of: Literal["outputs", "weights"]
+    error_before: float
+    """As ``error_after``, had the weight been rounded to nearest, and pruned by magnitude."""
+    error_after: float
+    """Relative squared error of what ``error_of`` says, over at most 128 evenly spaced outputs."""
+    error_of: Literal["outputs", "weights_times_inputs", "weights"]
+    """The weight's outputs on the calibration tokens; the same as if its inputs were uncorrelated; or the weight itself."""
+    zeros: float
+    """Share of the weight's entries that are zero in the artifact."""
+    bits: float
+    """Bits stored per entry, scales and masks included."""
 
 
 class BlockRow(Record):
@@ -155,13 +166,26 @@ def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[Le
         news.append(f"{len(dropped)} of {len(blocks)} blocks are gone: {_listed(dropped)}.")
     if gone := sum(row.experts_before - len(row.experts_kept) for row in blocks if row.experts_kept and row.experts_before):
         news.append(f"{gone} experts are gone from the blocks that stay.")
-    if rounded := [row for row in ledger if row.method_used != row.method_asked]:
-        names = _listed([row.tensor for row in rounded])
-        news.append(f"{len(rounded)} of {len(ledger)} weights could not be calibrated and were rounded to nearest: {names}.")
-    if ledger:
-        worst = max(ledger, key=lambda row: row.error)
-        news.append(f"The largest relative error of a weight's {worst.error_of} is {worst.error:.2%}, in {worst.tensor}.")
+    news += _of_ledger(ledger)
     return tuple(news)
+
+
+def _of_ledger(ledger: tuple[LedgerRow, ...]) -> list[str]:
+    news: list[str] = []
+    if plain := [row for row in ledger if row.method_used != row.method_asked]:
+        names = _listed([row.tensor for row in plain])
+        ways = " and ".join(sorted({row.method_used for row in plain}))
+        news.append(f"{len(plain)} of {len(ledger)} weights saw too few calibration tokens and were slimmed by {ways}: {names}.")
+    experts = {row.tensor.rsplit(".", 2)[0]: row for row in ledger if row.tokens == 0}
+    if experts:
+        news.append(f"{len(experts)} experts or layers saw no calibration token of their own: {_listed(sorted(experts))}.")
+    if starved := [row for row in ledger if row.tokens_topped_up and row.tokens]:
+        news.append(f"{len(starved)} weights of starved experts were topped up with tokens that the router nearly sent them.")
+    if ledger:
+        worst = max(ledger, key=lambda row: row.error_after)
+        what = worst.error_of.replace("_", " ")
+        news.append(f"The largest relative error of a weight's {what} is {worst.error_after:.2%}, in {worst.tensor}.")
+    return news
 
 
 def model_card(report: Report) -> str:

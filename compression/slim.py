@@ -1,164 +1,200 @@
-"""Slim one live block: find its weights, calibrate them together, quantize them stack by stack.
+"""Slim one live block: find its weights, calibrate them together, prune and quantize them stack by stack.
 
-Experts are worked on a chunk at a time, as many as fit beside their Gram matrices in free memory: gate and up first,
-as one matrix with one Gram matrix, then ``down_proj`` on what the already quantized gate and up feed it.
+Experts are worked on a chunk at a time, as many as fit beside their statistics in free memory: gate and up first,
+as one matrix with one statistic, then ``down_proj`` on what the already slimmed gate and up feed it.
 
-Shapes: E experts, O outputs, I inputs, F expert width.
+Shapes: E experts, O outputs, I inputs, D width, F expert width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from compression.architectures import Architecture
-from compression.checkpoint.packing import pack
-from compression.collect import RoutedTokens, collect
-from compression.methods import QUANTIZERS, Quantizer
-from compression.moe import MoELayer, moe_layer
-from compression.recipe import BITS, Quantize
+from compression.architectures import Architecture, Component
+from compression.balance import balance_block_, balance_down
+from compression.collect import Collected, RoutedTokens, collect, experts_at_once, refuse_non_finite_inputs
+from compression.ledger import entries
+from compression.methods import NEEDS, PRUNERS, QUANTIZERS, STATISTICS, Needs, pattern_of
+from compression.moe import moe_layer
+from compression.recipe import BITS, Prune, Quantize
 from compression.report import LedgerRow
-from compression.slimming.gptq import output_error
-from compression.slimming.grid import Grid, Quantized, dequantize
-from compression.slimming.hessian import Gram
+from compression.slimming.grid import AnyGrid, FloatGrid, Grid
+from compression.stacks import Slimmed, Treatment, slim_stack, store_
 from compression.sweep import Stream
 
-_GRAM_BYTES = 4 * 2**30
-"""Gram matrices held at once, at most: beyond this size a longer stack gains nothing."""
+
+@dataclass(frozen=True)
+class Slimming:
+    """The steps of a recipe that work inside weights, and how pruned weights are stored."""
+
+    prune: Prune | None
+    quantize: Quantize | None
+    packed: tuple[int, int] | None = None
+    """n and m where pruned weights are stored without their zeros."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be known of a weight's inputs."""
+        wanted: list[Needs] = ["nothing"]
+        wanted += [PRUNERS[self.prune.method].needs] if self.prune else []
+        wanted += [QUANTIZERS[self.quantize.method].needs] if self.quantize else []
+        return max(wanted, key=NEEDS.index)
+
+    @property
+    def propagate_error(self) -> bool:
+        """Whether a block is calibrated on the outputs of the blocks slimmed before it; the steps agree."""
+        return all(step.propagate_error for step in (self.prune, self.quantize) if step is not None)
+
+    @property
+    def routing_weighted(self) -> bool:
+        """Whether a token counts by its routing weight; the steps agree."""
+        return any(step.routing_weighted for step in (self.prune, self.quantize) if step is not None)
+
+    def treatment(self, component: Component) -> Treatment | None:
+        """Return what is done to the matrices of a component; None if nothing is."""
+        step, prune = self.quantize, self.prune
+        schemes: dict[Component, str] = {}
+        if step is not None:
+            schemes = {"experts": step.scheme, "attention": step.attention}
+            schemes |= {"shared_experts": step.shared_experts, "dense": step.dense}
+        scheme = schemes.get(component, "keep")
+        pruned = prune is not None and (component == "experts" or (component == "shared_experts" and prune.shared_experts))
+        if scheme == "keep" and not pruned:
+            return None
+        return Treatment(
+            prune=prune.method if prune is not None and pruned else None,
+            pattern=pattern_of(prune) if prune is not None and pruned else None,
+            quantize=step.method if step is not None and scheme != "keep" else None,
+            scheme=scheme,
+            grid=None if step is None or scheme == "keep" else _grid(scheme, step.group_size or -1),
+            packed=self.packed if pruned and scheme == "keep" else None,
+        )
+
+
+def _grid(scheme: str, group_size: int) -> AnyGrid:
+    return FloatGrid() if scheme == "FP8_DYNAMIC" else Grid(BITS[scheme], group_size)
 
 
 def slim_(
-    saved: dict[str, Tensor], block: nn.Module, step: Quantize, *, stream: Stream, architecture: Architecture, index: int
+    saved: dict[str, Tensor], block: nn.Module, slimming: Slimming, *, stream: Stream, architecture: Architecture, index: int
 ) -> list[LedgerRow]:
-    """Replace the weights in ``saved`` by packed ones; the live block's experts are used up. Returns the ledger."""
-    work = _Work(saved, step, architecture, index, QUANTIZERS[step.method])
-    linears, layer = work.linears(block), moe_layer(architecture, block)
-    grams: dict[str, Gram] = {}
-    routed: RoutedTokens | None = None
-    if work.quantizer.needs_gram:
-        grams, routed = collect(index, block, stream, linears, layer)
-    rows: list[LedgerRow] = []
-    for name, linear in linears.items():
-        rows.append(work.slim_linear_(name, linear.weight.device, grams.pop(name, None)))
-    if layer is not None:
-        size = _experts_at_once(layer)
-        for first in range(0, layer.count, size):
-            rows += work.slim_experts_(range(first, min(first + size, layer.count)), layer, routed)
+    """Replace the weights in ``saved`` by slimmer ones; the live block's experts are used up. Returns the ledger.
+
+    Where errors do not propagate, the stream has moved behind the block as it came in; else it stays before it.
+    """
+    work = _Work(saved, block, slimming, architecture, index)
+    if slimming.needs == "nothing":
+        collected = Collected({}, None)
+    else:
+        new, advance = STATISTICS[slimming.needs], not slimming.propagate_error
+        collected = collect(index, block, stream, work.linears, new=new, architecture=architecture, advance=advance)
+    if slimming.quantize is not None and slimming.quantize.method == "awq":
+        balance_block_(work.saved, block, collected, architecture, index, slimming.treatment)
+    rows = work.slim_linears_(collected)
+    if work.layer is not None and slimming.treatment("experts") is not None:
+        size = experts_at_once(work.layer)
+        for first in range(0, work.layer.count, size):
+            rows += work.slim_experts_(range(first, min(first + size, work.layer.count)), collected.routed)
     return rows
 
 
-@dataclass
 class _Work:
-    saved: dict[str, Tensor]
-    step: Quantize
-    architecture: Architecture
-    index: int
-    quantizer: Quantizer
+    def __init__(
+        self, saved: dict[str, Tensor], block: nn.Module, slimming: Slimming, architecture: Architecture, index: int
+    ) -> None:
+        self.saved, self.slimming, self.architecture, self.index = saved, slimming, architecture, index
+        self.layer = moe_layer(architecture, block)
+        self.linears = self._find_linears(block)
 
-    def scheme(self, name: str) -> str:
-        step = self.step
-        schemes = {
-            "experts": step.scheme,
-            "attention": step.attention,
-            "shared_experts": step.shared_experts,
-            "dense": step.dense,
-        }
-        return schemes.get(self.architecture.component_of(name), "keep")
-
-    def grid(self, scheme: str) -> Grid:
-        return Grid(BITS[scheme], self.step.group_size or -1)
-
-    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """Return the block's linear layers that the step quantizes, by saved name without ``.weight``."""
+    def _find_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """Return the block's linear layers that are slimmed, by saved name without ``.weight``."""
         found: dict[str, nn.Linear] = {}
         for name, tensor in self.saved.items():
             is_matrix = name.endswith(".weight") and tensor.dim() == 2 and not name.endswith("_gate.weight")
-            if is_matrix and self.architecture.component_of(name) != "experts" and self.scheme(name) != "keep":
+            component = self.architecture.component_of(name)
+            if is_matrix and component != "experts" and self.slimming.treatment(component) is not None:
                 module = block.get_submodule(name.split(".", 3)[3].removesuffix(".weight"))
                 assert isinstance(module, nn.Linear), f"{name} is not a linear layer in the stock class"
                 found[name.removesuffix(".weight")] = module
         return found
 
-    def slim_linear_(self, name: str, device: torch.device, gram: Gram | None) -> LedgerRow:
-        weight_EOI = self.saved[f"{name}.weight"].to(device)[None]
-        scheme = self.scheme(f"{name}.weight")
-        gram_EII = None if gram is None else gram.value_EII
-        quantized, damping_E = self.quantizer.run(weight_EOI, gram_EII, self.grid(scheme))
-        error_E = _relative_error(weight_EOI, quantized, gram_EII)
-        self._replace_(name, quantized, 0, BITS[scheme])
-        return self._row(name, scheme, gram, damping_E, error_E, 0)
-
-    def slim_experts_(self, experts: range, layer: MoELayer, routed: RoutedTokens | None) -> list[LedgerRow]:
-        gate, up, down = self.architecture.gate_up_down
-        prefix = self.architecture.experts_prefix(self.index)
-        dtype = self.saved[f"{prefix}.{experts[0]}.{gate}.weight"].dtype
-        chunk = slice(experts.start, experts.stop)
-        gate_up_EOI, down_EOI = layer.experts.gate_up_proj.data[chunk], layer.experts.down_proj.data[chunk]
-        device = gate_up_EOI.device
-
-        gram = None if routed is None else routed.input_gram(experts, device)
-        both, rows = self._slim_stack(gate_up_EOI.to(dtype), gram, [gate, up], experts)
-        # What enters down_proj then comes from the gate and up that will really be served.
-        gate_up_EOI.copy_(dequantize(both.codes_EOI, both.scale_EOG))
-        del gram
-        inner = None if routed is None else routed.inner_gram(experts, layer, device)
-        _, down_rows = self._slim_stack(down_EOI.to(dtype), inner, [down], experts)
-        return rows + down_rows
-
-    def _slim_stack(
-        self, weight_EOI: Tensor, gram: Gram | None, matrices: list[str], experts: range
-    ) -> tuple[Quantized, list[LedgerRow]]:
-        """Quantize matrices that lie one below the other in the stack and share one Gram matrix."""
-        gram_EII = None if gram is None else gram.value_EII
-        quantized, damping_E = self.quantizer.run(weight_EOI, gram_EII, self.grid(self.step.scheme))
+    def slim_linears_(self, collected: Collected) -> list[LedgerRow]:
         rows: list[LedgerRow] = []
-        height = weight_EOI.shape[1] // len(matrices)
-        for number, matrix in enumerate(matrices):
-            part = slice(number * height, (number + 1) * height)
-            alone = Quantized(quantized.codes_EOI[:, part], quantized.scale_EOG[:, part])
-            error_E = _relative_error(weight_EOI[:, part], alone, gram_EII)
-            for place, expert in enumerate(experts):
-                name = f"{self.architecture.experts_prefix(self.index)}.{expert}.{matrix}"
-                self._replace_(name, alone, place, BITS[self.step.scheme])
-                rows.append(self._row(name, self.step.scheme, gram, damping_E, error_E, place))
-        return quantized, rows
+        done: dict[str, Slimmed] = {}
+        for name in sorted(self.linears, key=lambda name: name.endswith("down_proj")):  # up_proj must come before it
+            treatment = self.slimming.treatment(self.architecture.component_of(f"{name}.weight"))
+            assert treatment is not None
+            statistic = collected.linears.get(name)
+            weight_EOI = self.saved[f"{name}.weight"].to(self.linears[name].weight.device)[None]
+            up = done.get(f"{name.removesuffix('down_proj')}up_proj")
+            if treatment.quantize == "awq" and name.endswith(".down_proj") and up is not None and statistic is not None:
+                weight_EOI = balance_down(weight_EOI, statistic, treatment, up)
+                store_(self.saved, f"{name.removesuffix('down_proj')}up_proj", up, 0)
+            done[name] = slimmed = slim_stack(weight_EOI, statistic, treatment)
+            size = store_(self.saved, name, slimmed, 0)
+            tokens_E = None if statistic is None else statistic.tokens_E
+            rows += entries([name], slimmed, [size], own_E=tokens_E, shown_E=tokens_E)
+        return rows
 
-    def _replace_(self, name: str, quantized: Quantized, place: int, bits: int) -> None:
-        codes_OI = quantized.codes_EOI[place]
-        del self.saved[f"{name}.weight"]
-        self.saved[f"{name}.weight_packed"] = pack(codes_OI, bits).cpu()
-        self.saved[f"{name}.weight_scale"] = quantized.scale_EOG[place].cpu()
-        self.saved[f"{name}.weight_shape"] = torch.tensor(codes_OI.shape, dtype=torch.int64)
+    def slim_experts_(self, experts: range, routed: RoutedTokens | None) -> list[LedgerRow]:
+        """Slim a chunk of experts: gate and up, then down on what these feed it."""
+        layer, treatment, weighted = self.layer, self.slimming.treatment("experts"), self.slimming.routing_weighted
+        assert layer is not None and treatment is not None
+        gate_up_EOI, down_EOI = layer.stack("gate_up_proj", experts), layer.stack("down_proj", experts)
+        stored, device = self._stored_dtype(experts[0]), gate_up_EOI.device
+        statistic = inner = None
+        if routed is not None:
+            new = STATISTICS[self.slimming.needs]
+            statistic = routed.input_statistic(experts, new, device, weighted=weighted)
+            refuse_non_finite_inputs(statistic, f"{self.architecture.experts_prefix(self.index)} {_named(experts)}")
+        both = slim_stack(gate_up_EOI.to(stored), statistic, treatment)
+        if self.slimming.propagate_error:
+            # What enters down_proj then comes from the gate and up that will really be served.
+            gate_up_EOI.copy_(both.became_EOI)
+        if routed is not None:
+            inner = routed.inner_statistic(experts, new, layer, device, weighted=weighted)
+            refuse_non_finite_inputs(inner, f"the down_proj of {self.architecture.experts_prefix(self.index)} {_named(experts)}")
+        down_EOI = down_EOI.to(stored)
+        up = slice(both.became_EOI.shape[1] // 2, None)
+        if treatment.quantize == "awq" and inner is not None:
+            down_EOI = balance_down(down_EOI, inner, treatment, both, up)
+        down = slim_stack(down_EOI, inner, treatment)
+        return self._keep_experts_(experts, both, down, routed)
 
-    def _row(self, name: str, scheme: str, gram: Gram | None, damping_E: Tensor, error_E: Tensor, place: int) -> LedgerRow:
-        damping = float(damping_E[place])
-        used = self.quantizer.name if damping < float("inf") else "rtn"
-        return LedgerRow(
-            tensor=f"{name}.weight",
-            scheme=scheme,
-            method_asked=self.step.method,
-            method_used=used,
-            tokens=None if gram is None else int(gram.tokens_E[place]),
-            damping=damping if used != "rtn" else None,
-            error=float(error_E[place]),
-            error_of="outputs" if gram is not None else "weights",
-        )
+    def _keep_experts_(
+        self, experts: range, both: Slimmed, down: Slimmed, routed: RoutedTokens | None
+    ) -> list[LedgerRow]:
+        prefix = self.architecture.experts_prefix(self.index)
+        half = both.became_EOI.shape[1] // 2
+        gate, up, last = self.architecture.gate_up_down
+        parts = {gate: both.outputs(slice(None, half)), up: both.outputs(slice(half, None)), last: down}
+        if self.architecture.fused_on_disk:
+            parts = {"gate_up_proj": both, "down_proj": down}
+        own_E = None if routed is None else routed.own_E[experts.start : experts.stop]
+        shown_E = None if routed is None else routed.tokens_E[experts.start : experts.stop]
+        rows: list[LedgerRow] = []
+        for matrix, part in parts.items():
+            if self.architecture.fused_on_disk:
+                names = [f"{prefix}.{matrix}[{expert}]" for expert in experts]
+                whole = self.saved[f"{prefix}.{matrix}"] = self.saved[f"{prefix}.{matrix}"].clone()
+                whole[experts.start : experts.stop] = part.became_EOI.mT.cpu()  # these families store [inputs, outputs]
+                sizes = [whole[expert].nbytes for expert in experts]
+            else:
+                names = [f"{prefix}.{expert}.{matrix}" for expert in experts]
+                sizes = [store_(self.saved, name, part, place) for place, name in enumerate(names)]
+            rows += entries(names, part, sizes, own_E=own_E, shown_E=shown_E)
+        return rows
+
+    def _stored_dtype(self, expert: int) -> torch.dtype:
+        prefix = self.architecture.experts_prefix(self.index)
+        if self.architecture.fused_on_disk:
+            return self.saved[f"{prefix}.down_proj"].dtype
+        return self.saved[f"{prefix}.{expert}.{self.architecture.gate_up_down[0]}.weight"].dtype
 
 
-def _experts_at_once(layer: MoELayer) -> int:
-    """Return how many experts' Gram matrices fit into a quarter of free memory; one at least."""
-    weight = layer.experts.down_proj
-    free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else psutil.virtual_memory().available
-    one_expert = 4 * max(weight.shape[1], weight.shape[2]) ** 2
-    return max(1, min(layer.count, min(free // 4, _GRAM_BYTES) // one_expert))
+def _named(experts: range) -> str:
+    return f"{experts.start} to {experts.stop - 1}"
 
-
-def _relative_error(weight_EOI: Tensor, quantized: Quantized, gram_EII: Tensor | None) -> Tensor:
-    if gram_EII is not None:
-        return output_error(weight_EOI, quantized, gram_EII)
-    lost_EOI = weight_EOI.float() - dequantize(quantized.codes_EOI, quantized.scale_EOG).float()
-    size_E = weight_EOI.float().square().sum((1, 2), dtype=torch.float64)
-    return lost_EOI.square().sum((1, 2), dtype=torch.float64) / size_E.clamp(min=torch.finfo(torch.float64).tiny)

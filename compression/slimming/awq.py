@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compression.slimming.damage import energy, sample
-from compression.slimming.grid import AnyGrid, dequantize, quantize, search_scales
+from compression.slimming.grid import AnyGrid, Quantized, dequantize, quantize, search_scales
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 """Powers of an input's loudness that are tried: 0 is rounding as it is, 1 makes all inputs equally loud."""
@@ -43,15 +43,25 @@ def losses(weight_EOI: Tensor, gram_EII: Tensor, mean_square_EI: Tensor, grid: A
     ``mean_square_EI`` is what the scales are made of: each expert's own inputs, or for all the same. At most 128 outputs
     of every expert are looked at.
     """
-    weight_ERI = sample(weight_EOI)
+    weight_ERI, own_EI = sample(weight_EOI), gram_EII.diagonal(dim1=1, dim2=2)
     found: list[Tensor] = []
     for exponent in EXPONENTS:
         factor_EI = input_scales(mean_square_EI, exponent)
-        loud_ERI = (weight_ERI * factor_EI[:, None].to(weight_ERI)).contiguous()
-        scale_ERG = search_scales(loud_ERI, grid)
-        became_ERI = dequantize(quantize(loud_ERI, scale_ERG, grid), scale_ERG).float() / factor_EI[:, None]
+        loud = round_weighted(weight_ERI * factor_EI[:, None].to(weight_ERI), own_EI / factor_EI.square(), grid)
+        became_ERI = dequantize(loud.codes_EOI, loud.scale_EOG).float() / factor_EI[:, None]
         found.append(energy(weight_ERI.float() - became_ERI, gram_EII))
     return torch.stack(found)
+
+
+@torch.no_grad()
+def round_weighted(weight_EOI: Tensor, mean_square_EI: Tensor, grid: AnyGrid) -> Quantized:
+    """Return the stack rounded to nearest, with the scales of least squared error where inputs count by their loudness.
+
+    An expert whose inputs never fired gets those of rounding without calibration.
+    """
+    silent_E1 = mean_square_EI.sum(dim=1, keepdim=True) == 0
+    scale_EOG = search_scales(weight_EOI, grid, torch.where(silent_E1, 1.0, mean_square_EI))
+    return Quantized(quantize(weight_EOI, scale_EOG, grid), scale_EOG)
 
 
 def best_exponents(loss_AE: Tensor) -> list[float]:

@@ -2,7 +2,10 @@
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323;
 ``feedback.py`` has the mechanism. Loud inputs go first, by a permutation that leaves no trace in the result, and scales
-are fixed beforehand: a Gram matrix with nothing off its diagonal gives round-to-nearest, exactly.
+are fixed beforehand, so that equally loud inputs which never go together are rounded to nearest, exactly.
+
+What an error costs is D, the mean square of an input that those after it cannot stand in for, and the scales are those of least
+squared error in that currency: decision record 0014.
 
 Shapes: E experts, O output features, I input features, G groups of inputs, B inputs of a base block.
 """
@@ -29,19 +32,23 @@ def quantize(
     """Return the quantized stack, and per expert the damping it took, as a multiple of the mean diagonal.
 
     An expert whose Gram matrix is zero, not finite, or not to be factored with a thousand times the damping is rounded to
-    nearest, and its damping says ``inf``. The scales are those of round-to-nearest unless the caller brings some.
-    ``kept_EOI``: true where a weight may be other than zero.
+    nearest, and its damping says ``inf``. The scales are searched unless the caller brings some. ``kept_EOI``: true where a
+    weight may be other than zero.
     """
     assert damping > 0, "without damping, the Gram matrix of few tokens cannot be factored"
     experts, outputs, inputs = weight_EOI.shape
+    searched = scale_EOG is None
     if scale_EOG is None:
-        scale_EOG = search_scales(weight_EOI, grid)
+        scale_EOG = weight_EOI.new_empty(experts, outputs, grid.groups(inputs))
     assert scale_EOG.shape == (experts, outputs, grid.groups(inputs)), f"scales have shape {tuple(scale_EOG.shape)}"
     codes_EOI = torch.empty_like(weight_EOI, dtype=grid.code_dtype, memory_format=torch.contiguous_format)
     damping_E = torch.empty(experts, dtype=torch.float64)
     for part, workbench in chunks(weight_EOI):
         order_EI = torch.argsort(gram_EII[part].diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
         feedback = workbench.lay_out(weight_EOI[part], gram_EII[part], order_EI, damping=damping)
+        if searched:
+            importance_EI = torch.empty_like(feedback.left_EI).scatter_(1, order_EI, feedback.left_EI)
+            scale_EOG[part] = search_scales(weight_EOI[part], grid, importance_EI)
         rounding = _Rounding(grid, scale_EOG[part], order_EI, None if kept_EOI is None else kept_EOI[part])
         feedback.run(rounding)
         rounding.write_(codes_EOI[part])

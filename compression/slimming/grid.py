@@ -113,17 +113,23 @@ _BLOCK_ON_DEVICE = 2**26
 
 
 @torch.no_grad()
-def search_scales(weight_EOI: Tensor, grid: AnyGrid) -> Tensor:
+def search_scales(weight_EOI: Tensor, grid: AnyGrid, importance_EI: Tensor | None = None) -> Tensor:
     """Return the scale of every group, in the dtype of the weights, that rounds them with the least squared error.
 
-    No scale is zero or subnormal, not even that of a group of zeros: some kernels flush subnormals, and 0 / 0 follows.
+    ``importance_EI``: what a squared error counts at each input; everywhere the same when it is not given. No scale is zero
+    or subnormal, not even that of a group of zeros: some kernels flush subnormals, and 0 / 0 follows.
     """
     experts, outputs, inputs = weight_EOI.shape
     groups = grid.groups(inputs)
     weight_RN = weight_EOI.reshape(-1, inputs // groups)
+    importance_PN = None if importance_EI is None else importance_EI.float().reshape(experts * groups, -1)
     scale_R = weight_EOI.new_empty(weight_RN.shape[0])
     for rows in _row_blocks(weight_RN):
-        scale_R[rows] = _least_squares_scale(weight_RN[rows].float(), grid, weight_EOI.dtype)
+        importance_RN = None
+        if importance_PN is not None:
+            row_R = torch.arange(rows.start, min(rows.stop, len(weight_RN)), device=weight_RN.device)
+            importance_RN = importance_PN[row_R // (outputs * groups) * groups + row_R % groups]
+        scale_R[rows] = _least_squares_scale(weight_RN[rows].float(), grid, weight_EOI.dtype, importance_RN)
     scale_EOG = scale_R.view(experts, outputs, groups)
     _refuse_non_finite(scale_EOG)
     return scale_EOG
@@ -158,7 +164,7 @@ def _row_blocks(weight_RN: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _least_squares_scale(weight_RN: Tensor, grid: AnyGrid, stored: torch.dtype) -> Tensor:
+def _least_squares_scale(weight_RN: Tensor, grid: AnyGrid, stored: torch.dtype, importance_RN: Tensor | None) -> Tensor:
     largest_R = weight_RN.abs().amax(dim=1)
     best_R = torch.full_like(largest_R, torch.inf)
     chosen_R = torch.full_like(largest_R, torch.nan)  # stays NaN where no candidate has a finite error
@@ -167,7 +173,8 @@ def _least_squares_scale(weight_RN: Tensor, grid: AnyGrid, stored: torch.dtype) 
         scale_R = (largest_R * share).to(stored).clamp_(min=torch.finfo(stored).tiny).float()
         torch.div(weight_RN, scale_R[:, None], out=error_RN)
         grid.snap_(error_RN).mul_(scale_R[:, None]).sub_(weight_RN)
-        error_R = error_RN.square_().sum(dim=1)
+        error_RN.square_()
+        error_R = (error_RN if importance_RN is None else error_RN.mul_(importance_RN)).sum(dim=1)
         better_R = error_R < best_R
         best_R = torch.where(better_R, error_R, best_R)
         chosen_R = torch.where(better_R, scale_R, chosen_R)

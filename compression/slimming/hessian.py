@@ -58,14 +58,23 @@ class Gram:
         self.tokens_E[expert] += x_SI.shape[0]
 
     @property
-    def value_EII(self) -> Tensor:
-        """The means, exactly symmetric, zero where an expert saw no token. Taken in place: ends the counting."""
+    def value(self) -> Tensor:
+        """The means [E, I, I], exactly symmetric, zero where an expert saw no token. Taken in place: ends the counting."""
         if not self._finished:
             self._finished = True
             for sum_II, tokens in zip(self._sum_EII, self.tokens_E.tolist(), strict=True):
                 if tokens:
                     _mirror_(sum_II.div_(tokens))
         return self._sum_EII
+
+    @property
+    def mean_square_EI(self) -> Tensor:
+        """The mean square of each input; ends the counting, too."""
+        return self.value.diagonal(dim1=1, dim2=2)
+
+    def rescale_(self, factor_EI: Tensor) -> None:
+        """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
+        self.value.div_(factor_EI[:, :, None]).div_(factor_EI[:, None])
 
 
 class InputNorm:
@@ -88,9 +97,14 @@ class InputNorm:
         self.tokens_E[expert] += rows_SI.shape[0]
 
     @property
-    def value_EI(self) -> Tensor:
-        """The means, zero where an expert saw no token."""
+    def value(self) -> Tensor:
+        """The means [E, I], zero where an expert saw no token."""
         return self._sum_EI / self.tokens_E.clamp(min=1).to(self._sum_EI.device)[:, None]
+
+    @property
+    def mean_square_EI(self) -> Tensor:
+        """The same, by the name that both statistics have for it."""
+        return self.value
 
 
 Statistic = Gram | InputNorm

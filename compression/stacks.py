@@ -1,0 +1,137 @@
+"""One stack of matrices through pruning and quantization, and into the names under which it is saved.
+
+Shapes: E experts, O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compression.checkpoint.packing import pack
+from compression.checkpoint.sparse import pack_sparse
+from compression.methods import PRUNERS, QUANTIZERS
+from compression.slimming import magnitude, rtn
+from compression.slimming.grid import AnyGrid, FloatGrid, Quantized, dequantize
+from compression.slimming.hessian import Statistic
+from compression.slimming.masks import Pattern
+
+LEAST = 1
+"""Tokens per input below which an expert is slimmed without calibration: decision record 0015."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to the matrices of one component."""
+
+    prune: str | None
+    pattern: Pattern | None
+    quantize: str | None
+    scheme: str
+    grid: AnyGrid | None
+    packed: tuple[int, int] | None
+    """n and m where the pruned weight is stored without its zeros."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods asked for, in the order in which they work."""
+        return tuple(name for name in (self.prune, self.quantize) if name is not None)
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A stack as it was, and what became of it."""
+
+    treatment: Treatment
+    weight_EOI: Tensor
+    became_EOI: Tensor
+    """The weights that a loader computes, in the dtype in which they are saved."""
+    quantized: Quantized | None
+    statistic: Tensor | None
+    """What is known of the inputs: Gram matrices [E, I, I], mean squares [E, I], or nothing."""
+    used: tuple[tuple[str, ...], ...]
+    """The methods really used, for each expert."""
+    damping_E: Tensor
+
+    def outputs(self, part: slice) -> Slimmed:
+        """Return the same for some of the outputs, as views."""
+        quantized = self.quantized
+        if quantized is not None:
+            quantized = Quantized(quantized.codes_EOI[:, part], quantized.scale_EOG[:, part])
+        return replace(
+            self, weight_EOI=self.weight_EOI[:, part], became_EOI=self.became_EOI[:, part], quantized=quantized
+        )
+
+
+@torch.no_grad()
+def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treatment) -> Slimmed:
+    """Prune and quantize a stack; an expert of whose inputs too little is known is slimmed without calibration."""
+    experts, _, inputs = weight_EOI.shape
+    starved_E = torch.zeros(experts, dtype=torch.bool)
+    if statistic is not None:
+        starved_E = statistic.tokens_E < LEAST * inputs
+    used: list[list[str]] = [[] for _ in range(experts)]
+    became_EOI, quantized = weight_EOI, None
+    damping_E = torch.zeros(experts, dtype=torch.float64)
+    if treatment.prune is not None:
+        assert treatment.pattern is not None
+        pruner = PRUNERS[treatment.prune]
+        became_EOI, damping_E = pruner.run(weight_EOI, statistic, treatment.pattern)
+        plain_E = _plain(starved_E, damping_E, needed=pruner.needs != "nothing")
+        if plain_E.any():
+            became_EOI[plain_E] = magnitude.prune(weight_EOI[plain_E], treatment.pattern)
+        _note(used, plain_E, treatment.prune, pruner.fallback)
+    if treatment.quantize is not None:
+        assert treatment.grid is not None
+        quantizer = QUANTIZERS[treatment.quantize]
+        quantized, damping_E = quantizer.run(became_EOI, statistic, treatment.grid)
+        plain_E = _plain(starved_E, damping_E, needed=quantizer.needs != "nothing")
+        if plain_E.any():
+            rounded = rtn.round_to_nearest(became_EOI[plain_E], treatment.grid)
+            _put_(quantized.codes_EOI, plain_E, rounded.codes_EOI)
+            _put_(quantized.scale_EOG, plain_E, rounded.scale_EOG)
+        _note(used, plain_E, treatment.quantize, quantizer.fallback)
+        became_EOI = dequantize(quantized.codes_EOI, quantized.scale_EOG)
+    known = None if statistic is None else statistic.value
+    return Slimmed(treatment, weight_EOI, became_EOI, quantized, known, tuple(map(tuple, used)), damping_E)
+
+
+def store_(saved: dict[str, Tensor], name: str, slimmed: Slimmed, place: int) -> int:
+    """Put one matrix of the stack in the place of ``{name}.weight``; return the bytes it takes."""
+    saved.pop(f"{name}.weight", None)
+    stored = {f"{name}.{ending}": tensor.cpu() for ending, tensor in _stored(slimmed, place).items()}
+    saved |= stored
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+def _stored(slimmed: Slimmed, place: int) -> dict[str, Tensor]:
+    quantized, packed = slimmed.quantized, slimmed.treatment.packed
+    if quantized is None:
+        weight_OI = slimmed.became_EOI[place]
+        if packed is None:
+            return {"weight": weight_OI}
+        compressed, bitmask = pack_sparse(weight_OI, *packed)
+        return {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor(weight_OI.shape, dtype=torch.int64)}
+    codes_OI, scale_OG = quantized.codes_EOI[place], quantized.scale_EOG[place]
+    if isinstance(slimmed.treatment.grid, FloatGrid):
+        return {"weight": codes_OI, "weight_scale": scale_OG}
+    assert slimmed.treatment.grid is not None
+    shape = torch.tensor(codes_OI.shape, dtype=torch.int64)
+    return {"weight_packed": pack(codes_OI, slimmed.treatment.grid.bits), "weight_scale": scale_OG, "weight_shape": shape}
+
+
+def _plain(starved_E: Tensor, damping_E: Tensor, *, needed: bool) -> Tensor:
+    return starved_E | damping_E.isinf() if needed else torch.zeros_like(starved_E)
+
+
+def _note(used: list[list[str]], plain_E: Tensor, asked: str, fallback: str) -> None:
+    for names, plain in zip(used, plain_E.tolist(), strict=True):
+        names.append(fallback if plain else asked)
+
+
+def _put_(stack: Tensor, plain_E: Tensor, rounded: Tensor) -> None:
+    # 8-bit floats know no assignment by mask; one expert at a time they do.
+    for place, expert in enumerate(plain_E.nonzero().flatten().tolist()):
+        stack[expert] = rounded[place]
