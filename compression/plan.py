@@ -7,7 +7,6 @@ experts and blocks go is the study's choice, and the plan offers it only choices
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -16,9 +15,11 @@ from compression.checkpoint.headers import Checkpoint
 from compression.errors import RecipeExceedsTarget, TargetUnreachable
 from compression.planner.availability import check_request
 from compression.planner.inventory import Inventory, take_inventory
-from compression.planner.resolve import Resolved, resolve, smallest_cut
-from compression.planner.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class
-from compression.recipe import BlockDrop, Compression, ExpertDrop, Quantize, Recipe, Serving
+from compression.planner.resolve import resolve
+from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes, memory_class
+from compression.planner.smallest import smallest_cut
+from compression.planner.warnings import solvers, warnings_of
+from compression.recipe import Compression, Recipe, Serving
 
 
 class PlanPart(BaseModel):
@@ -86,13 +87,13 @@ def make_plan(request: Compression, checkpoint: Checkpoint) -> Plan:
     check_request(request)
     assert isinstance(request.recipe, Recipe), "check_request refuses every other recipe"
     inventory = take_inventory(checkpoint)
-    resolved = resolve(request.recipe, request.serving, inventory)
+    resolved = resolve(request.recipe, request.serving, inventory, profile=request.profile)
     sizes = artifact_sizes(inventory, resolved.cut)
     kv_cache = kv_cache_bytes(inventory, resolved.cut, request.serving)
     bytes_after = sizes.total + kv_cache + request.serving.overhead
-    smallest = bytes_with_serving(inventory, smallest_cut(inventory, request.serving), request.serving)
+    smallest = bytes_with_serving(inventory, smallest_cut(inventory, request.serving, request.profile), request.serving)
     _check_target(request, bytes_after=bytes_after, smallest=smallest)
-    group, needed = memory_class(inventory, method=_method(resolved))
+    group, needed = memory_class(inventory, method=next(iter(solvers(resolved)), None))
     return Plan(
         feasible=True,
         profile=request.profile,
@@ -105,12 +106,14 @@ def make_plan(request: Compression, checkpoint: Checkpoint) -> Plan:
         components={**sizes.components, "kv_cache": kv_cache, "overhead": request.serving.overhead},
         memory={
             "packed_engine": bytes_after,
-            "transformers": bytes_with_serving(inventory, resolved.cut.unquantized(), request.serving),
+            "transformers": bytes_with_serving(inventory, resolved.cut.dense(), request.serving),
         },
         blocks=_planned_blocks(inventory, resolved.cut, sizes.blocks),
         frontier=(),
         provisional=False,
-        warnings=tuple(_warnings(request, resolved, inventory, needed=needed)),
+        warnings=tuple(
+            PlanWarning(code=code, message=message) for code, message in warnings_of(request, resolved, inventory, needed=needed)
+        ),
     )
 
 
@@ -137,10 +140,6 @@ def _check_target(request: Compression, *, bytes_after: int, smallest: int) -> N
     )
 
 
-def _method(resolved: Resolved) -> str | None:
-    return next((step.method for step in resolved.steps if isinstance(step, Quantize)), None)
-
-
 def _planned_blocks(inventory: Inventory, cut: Cut, sizes: tuple[int, ...]) -> tuple[PlannedBlock, ...]:
     open_to_drop = frozenset(inventory.droppable) if cut.blocks_dropped else frozenset[int]()
     return tuple(
@@ -154,63 +153,3 @@ def _planned_blocks(inventory: Inventory, cut: Cut, sizes: tuple[int, ...]) -> t
         )
         for block, size in zip(inventory.blocks, sizes, strict=True)
     )
-
-
-def _warnings(request: Compression, resolved: Resolved, inventory: Inventory, *, needed: int) -> Iterator[PlanWarning]:
-    yield from _warn_of_steps(request, resolved, inventory)
-    yield from _warn_of_text(request, resolved, inventory)
-    if inventory.left_behind:
-        names = sorted(header.name for header in inventory.left_behind)
-        size = sum(header.bytes for header in inventory.left_behind)
-        yield PlanWarning(
-            code="mtp_dropped",
-            message=f"{len(names)} tensors of {size} bytes are no part of the model that stock loaders build (prediction of "
-            f"further tokens, rotary buffers) and are neither counted nor copied; the first is {names[0]}",
-        )
-    if needed > max(MEMORY_CLASSES.values()):
-        yield PlanWarning(
-            code="block_exceeds_memory_classes",
-            message=f"working on one block takes about {needed} bytes, more than the largest memory class",
-        )
-
-
-def _warn_of_steps(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[PlanWarning]:
-    assert isinstance(request.recipe, Recipe)
-    if request.recipe.normal_order() != tuple(range(len(request.recipe.steps))):
-        order = ", ".join(step.step for step in resolved.steps)
-        yield PlanWarning(code="steps_reordered", message=f"the steps are worked in normal form: {order}")
-    before, after = inventory.experts, resolved.cut.experts_kept
-    if before <= 16 and 2 * after < before:
-        yield PlanWarning(
-            code="deep_expert_drop",
-            message=f"{before - after} of {before} experts go; models with few experts collapse when more than half of them do",
-        )
-    present = {part.component for block in inventory.blocks for part in block.parts}
-    for component, scheme in resolved.cut.schemes.items():
-        if component not in present:
-            yield PlanWarning(code="nothing_to_quantize", message=f"{component} {scheme}: this model has none")
-    for step in resolved.steps:
-        if isinstance(step, ExpertDrop) and step.criterion == "frequency" and before >= 64:
-            yield PlanWarning(
-                code="weak_criterion",
-                message=f"frequency ruins generation on models of many experts (here {before}); reap keeps far more",
-            )
-
-
-def _warn_of_text(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[PlanWarning]:
-    text = request.calibration
-    calibrated = _method(resolved) == "gptq"
-    trimmed = any(isinstance(step, ExpertDrop | BlockDrop) for step in resolved.steps)
-    if text.source == "default" and (calibrated or trimmed):
-        yield PlanWarning(
-            code="default_calibration_text",
-            message="the calibration text that ships with slimtrim is only for trying it out; name text like the model's own use",
-        )
-    tokens = text.samples * text.sequence_length * inventory.top_k // resolved.cut.experts_kept
-    wanted = 2 * max(shape[1] for shape in inventory.expert_matrices)
-    if calibrated and tokens < wanted:
-        yield PlanWarning(
-            code="few_tokens_per_expert",
-            message=f"an expert sees about {tokens} calibration tokens; gptq beats rounding reliably from {wanted} "
-            "(twice the input width), so ask for more samples or longer ones",
-        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -50,6 +50,7 @@ IntegerScheme = Literal["W8A16", "W4A16", "W3A16", "W2A16"]
 Scheme = Literal["W8A16", "W4A16", "W3A16", "W2A16", "FP8_DYNAMIC"]
 SchemeOrKeep = Literal["W8A16", "W4A16", "W3A16", "W2A16", "FP8_DYNAMIC", "keep"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Profile = Literal["portable", "custom"]
 
 BITS: dict[str, int] = {"W8A16": 8, "W4A16": 4, "W3A16": 3, "W2A16": 2, "FP8_DYNAMIC": 8}
 
@@ -64,20 +65,68 @@ class Step(Settings):
     """One method with its settings."""
 
 
+class Pattern(NamedTuple):
+    """At most ``n`` non-zero weights in every ``m`` consecutive inputs."""
+
+    n: int
+    m: int
+
+
+LONGEST_PATTERN = 64
+_PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Return the numbers in a pattern such as ``"2:4"``; ValueError names what is none."""
+    match = _PATTERN.fullmatch(text)
+    pattern = Pattern(int(match[1]), int(match[2])) if match else None
+    if pattern is None or not pattern.n < pattern.m <= LONGEST_PATTERN:
+        raise ValueError(
+            f'{text[:40]!r} is not a pattern; write "n:m" for at most n non-zero in every m inputs, '
+            f"1 <= n < m <= {LONGEST_PATTERN}"
+        )
+    return pattern
+
+
+def _known_pattern(text: str) -> str:
+    parse_pattern(text)
+    return text
+
+
+PatternText = Annotated[
+    str,
+    AfterValidator(_known_pattern),
+    Field(json_schema_extra={"pattern": f"^{_PATTERN.pattern}$", "examples": ["2:4", "4:8"]}),
+]
+RoutingWeighted = Annotated[bool, Field(description="Weigh each token's outer product by its routing weight (arXiv:2505.03804).")]
+PropagateError = Annotated[bool, Field(description="Calibrate each block on the outputs of the already compressed ones.")]
+
+CALIBRATED = frozenset({"wanda", "sparsegpt", "gptq", "awq"})
+"""The methods that look at what enters a weight; the others see the weight alone."""
+
+
 class Prune(Step):
     """Set the least important weights inside every expert to zero."""
 
     step: Literal["prune"] = "prune"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0, description="Share of weights set to zero.")] | None = None
-    pattern: Literal["2:4", "4:8"] | None = Field(default=None, description="At most n non-zero in every m inputs.")
+    pattern: Annotated[PatternText, Field(description="At most n non-zero in every m inputs.")] | None = None
     shared_experts: bool = False
+    routing_weighted: RoutingWeighted = False
+    propagate_error: PropagateError = True
 
     @model_validator(mode="after")
     def _one_of(self) -> Prune:
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity or pattern")
+        _refuse_idle_weights(self)
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at calibration text."""
+        return self.method in CALIBRATED
 
 
 class Quantize(Step):
@@ -92,6 +141,24 @@ class Quantize(Step):
     attention: SchemeOrKeep = Field(default="keep", description="Scheme for the attention projections.")
     shared_experts: SchemeOrKeep = Field(default="keep", description="Scheme for shared experts.")
     dense: SchemeOrKeep = Field(default="keep", description="Scheme for the feed-forward of blocks without experts.")
+    routing_weighted: RoutingWeighted = False
+    propagate_error: PropagateError = True
+
+    @model_validator(mode="after")
+    def _weights_of_something(self) -> Quantize:
+        _refuse_idle_weights(self)
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at calibration text."""
+        return self.method in CALIBRATED
+
+
+def _refuse_idle_weights(step: Prune | Quantize) -> None:
+    """Refuse routing weights where no token is looked at: a setting that does nothing is a misunderstanding."""
+    if step.routing_weighted and not step.calibrated:
+        raise ValueError(f"routing_weighted weighs calibration tokens, and {step.method} uses none; leave it out")
 
 
 class ExpertDrop(Step):
@@ -277,7 +344,7 @@ class Compression(Settings):
     revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] = "main"
     target_memory: Bytes | None = None
     recipe: Literal["auto"] | Recipe = "auto"
-    profile: Literal["portable", "custom"] = "portable"
+    profile: Profile = "portable"
     serving: Serving = Serving()
     constraints: Constraints = Constraints()
     calibration: Calibration = Calibration()

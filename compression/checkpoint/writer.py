@@ -16,8 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.architectures import Architecture
-from compression.recipe import BITS, Quantize
+from compression.planner.sizes import FLOAT
+from compression.recipe import BITS, Pattern, Quantize
+from compression.runtime import slimtrim_runtime
 
+RUNTIME = Path(slimtrim_runtime.__file__)
+"""The file that opens artifacts with packed zeros; it ships inside them."""
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "quantize_config.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
 _COPIED_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY"}
@@ -32,6 +36,7 @@ class Writer:
         self.bytes = 0
         """Tensor bytes written so far."""
         self._shards = int(config["num_hidden_layers"]) + 1
+        self._needs_runtime = needs_runtime(config)
         self._weight_map: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
@@ -45,7 +50,7 @@ class Writer:
         return self._write(index + 1, tensors)
 
     def finish(self, source: Path) -> None:
-        """Write the index, and copy what is neither weights nor code from the source's folder."""
+        """Write the index, and copy what is neither weights nor code from the source's folder; add the loader if needed."""
         metadata = {"total_size": self.bytes}
         weight_map = dict(sorted(self._weight_map.items()))
         write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
@@ -53,6 +58,8 @@ class Writer:
             wanted = file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES
             if file.is_file() and wanted and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, self.folder / file.name)
+        if self._needs_runtime:
+            shutil.copyfile(RUNTIME, self.folder / RUNTIME.name)
 
     def _write(self, shard: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = shard_name(shard, self._shards)
@@ -70,6 +77,23 @@ def shard_name(shard: int, shards: int) -> str:
 def write_json(path: Path, content: object) -> None:
     """Write JSON as people and stock tools expect it: indented, with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sparse_config(pattern: Pattern) -> dict[str, Any]:
+    """Return what config.json says of packed zeros, and what keeps the stock loader from filling the gaps at random.
+
+    Stock transformers would warn of missing weights and make them up. A name of weights that is no safetensors file makes
+    it stop instead, with that name in its message; the loader that ships in the artifact takes the entry out.
+    """
+    return {
+        "slimtrim": {"profile": "custom", "sparse": {"pattern": f"{pattern.n}:{pattern.m}"}},
+        "transformers_weights": f"packed zeros: open this model with open_model of {RUNTIME.name}, which lies beside it",
+    }
+
+
+def needs_runtime(config: Mapping[str, Any]) -> bool:
+    """Say whether an artifact with this config.json holds packed zeros, which only its own loader reads."""
+    return "sparse" in config.get("slimtrim", {})
 
 
 def quantization_config(architecture: Architecture, step: Quantize) -> dict[str, Any]:
@@ -95,9 +119,10 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
+    formats = sorted({_format(scheme) for scheme in groups})
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignore,
         "kv_cache_scheme": None,
@@ -108,13 +133,24 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     }
 
 
+def _format(scheme: str) -> str:
+    return "float-quantized" if scheme == FLOAT else "pack-quantized"
+
+
 def _group(scheme: str, group_size: int, targets: list[str]) -> dict[str, Any]:
-    grouped = {"strategy": "channel", "group_size": None} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    weights = {"num_bits": BITS[scheme], "type": "int", "symmetric": True, "dynamic": False, **grouped}
+    weights: dict[str, Any] = {"num_bits": BITS[scheme], "type": "int", "symmetric": True, "dynamic": False}
+    activations: dict[str, Any] | None = None
+    if group_size == -1 or scheme == FLOAT:
+        weights |= {"strategy": "channel", "group_size": None}
+    else:
+        weights |= {"strategy": "group", "group_size": group_size}
+    if scheme == FLOAT:
+        weights["type"] = "float"
+        activations = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
     return {
         "targets": targets,
-        "format": "pack-quantized",
+        "format": _format(scheme),
         "weights": weights,
-        "input_activations": None,
+        "input_activations": activations,
         "output_activations": None,
     }

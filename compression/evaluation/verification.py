@@ -1,5 +1,7 @@
 """Reopen the artifact with the stock loader and compare: it must be, bit for bit, the model that was computed.
 
+An artifact with packed zeros is opened with the loader that ships in it, once that file is found to be ours.
+
 Where the dense model fits into memory it is opened as a whole. Where it does not, it is opened in windows: a folder
 that holds the shards of a few blocks and a config cut to them, which ``from_pretrained`` opens as the small model it
 is; hidden states are handed from window to window. Equality is demanded at equal batch shape, without a tolerance.
@@ -23,10 +25,11 @@ from transformers import AutoModelForCausalLM
 from compression.architectures import Architecture, block_of
 from compression.block import quiet
 from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import write_json
+from compression.checkpoint.writer import RUNTIME, needs_runtime, write_json
 from compression.errors import VerificationFailed
 from compression.memory import give_back
 from compression.report import Verification
+from compression.runtime.slimtrim_runtime import open_model
 from compression.sweep import OnBlock
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
@@ -43,13 +46,14 @@ def verify(
     whole: bool,
     on_block: OnBlock,
 ) -> Verification:
-    """Prove that stock transformers opens the artifact and computes ``logits_BSV`` for ``ids_BS``.
+    """Prove that stock transformers, or the artifact's own loader, opens it and computes ``logits_BSV`` for ``ids_BS``.
 
     ``whole``: open it as a whole, for which the dense model must fit into memory. Raises VerificationFailed.
     """
     reader = Reader(artifact)
     scanned = _scan(reader, on_block)
     mode = "whole" if whole else "windows"
+    opener = _opener(artifact)
     opened_BSV = (
         _whole(artifact, ids_BS, logits_BSV.device)
         if whole
@@ -58,11 +62,11 @@ def verify(
     difference = float((opened_BSV.float() - logits_BSV.float()).abs().max())
     if not torch.equal(opened_BSV, logits_BSV):
         raise VerificationFailed(
-            f"reopened {mode} with stock transformers, the artifact's logits differ by up to {difference} from those "
+            f"reopened {mode} with {opener}, the artifact's logits differ by up to {difference} from those "
             "computed while compressing; it is not published"
         )
     return Verification(
-        opened_with=f"transformers {transformers.__version__}",
+        opened_with=opener,
         mode=mode,
         largest_logit_difference=difference,
         tokens=ids_BS.numel(),
@@ -74,7 +78,7 @@ def in_windows(
     artifact: Path, architecture: Architecture, *, ids_BS: Tensor, device: torch.device, blocks: int = _BLOCKS_PER_WINDOW
 ) -> Tensor:
     """Return the logits [B, S, V] of an artifact that is never in memory as a whole."""
-    count = int(json.loads((artifact / "config.json").read_text())["num_hidden_layers"])
+    count = int(_config(artifact)["num_hidden_layers"])
     inputs: dict[str, Tensor] = {"input_ids": ids_BS.to(device)}
     logits_BSV = torch.empty(0)
     for first in range(0, count, blocks):
@@ -89,13 +93,29 @@ def in_windows(
     return logits_BSV
 
 
+def _opener(artifact: Path) -> str:
+    """Return what opens the artifact; refuse one that needs the loader and does not carry it."""
+    stock = f"transformers {transformers.__version__}"
+    if not needs_runtime(_config(artifact)):
+        return stock
+    shipped = artifact / RUNTIME.name
+    if not shipped.exists() or shipped.read_bytes() != RUNTIME.read_bytes():
+        raise VerificationFailed(f"the artifact holds packed zeros, but not the {RUNTIME.name} that opens them")
+    return f"{RUNTIME.name} on {stock}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
 def _scan(reader: Reader, on_block: OnBlock) -> int:
     blocks = int(reader.checkpoint.config["num_hidden_layers"])
     scanned = 0
     for index in range(-1, blocks):
         for name, tensor in (reader.outside() if index < 0 else reader.block(index)).items():
             scanned += 1
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            # Summed, since 8-bit floats know no isfinite: a sum is finite only if every term is.
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
                 raise VerificationFailed(f"{name} holds a NaN or an infinity; the artifact is not published")
             if name.endswith("_scale") and not (tensor != 0).all():
                 raise VerificationFailed(f"{name} holds a zero scale; the artifact is not published")
@@ -109,14 +129,12 @@ def _whole(artifact: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
 
 def _open(folder: Path, device: torch.device, window: range) -> Any:
     renamed = {rf"model\.layers\.{block}\.": f"model.layers.{place}." for place, block in enumerate(window)}
+    from_pretrained: Any = open_model if needs_runtime(_config(folder)) else AutoModelForCausalLM.from_pretrained
     with quiet():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True
-        )
-    model, info = opened
+        model, info = from_pretrained(folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True)
     # The tensors of a tied head are never in the files; everything else must be.
     if problems := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]), *sorted(info["mismatched_keys"])]:
-        raise VerificationFailed(f"the stock loader misses or does not know {', '.join(map(str, problems[:3]))}")
+        raise VerificationFailed(f"the loader misses or does not know {', '.join(map(str, problems[:3]))}")
     return model.to(device).eval()
 
 
@@ -134,8 +152,7 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _window(artifact: Path, architecture: Architecture, window: range, folder: Path) -> Path:
-    config = json.loads((artifact / "config.json").read_text())
-    write_json(folder / "config.json", cut_config(config, architecture, Cuts(tuple(window), {})))
+    write_json(folder / "config.json", cut_config(_config(artifact), architecture, Cuts(tuple(window), {})))
     index = json.loads((artifact / "model.safetensors.index.json").read_text())
     weight_map = {name: file for name, file in index["weight_map"].items() if block_of(name) is None or block_of(name) in window}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})

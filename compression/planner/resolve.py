@@ -1,20 +1,34 @@
 """A recipe resolved against one model: every default filled in, every impossible or unloadable wish refused.
 
 What an engine that opens the portable profile demands is checked here: vLLM's rules for fused experts (group sizes that
-divide what each device holds, counts that divide over devices), stock routers' rules for groups, one scheme for all experts.
+divide what each device holds, counts that divide over devices, no fewer than 4 bits), stock routers' rules for groups, one
+scheme for all experts. The custom profile is bound by arithmetic alone: what does not divide cannot be stored either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import NamedTuple, NoReturn
 
 from compression.architectures import Component
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile
 from compression.planner.inventory import Inventory, config_count
-from compression.planner.sizes import QUANTIZABLE, WHOLE_ROW, Cut, artifact_sizes, matrices_to_quantize
-from compression.recipe import AnyStep, BlockDrop, ExpertDrop, Quantize, Recipe, Serving
+from compression.planner.sizes import FLOAT, WHOLE_ROW, Cut, matrices_to_prune, matrices_to_quantize, packed_pattern
+from compression.recipe import (
+    BITS,
+    LONGEST_PATTERN,
+    AnyStep,
+    BlockDrop,
+    ExpertDrop,
+    Profile,
+    Prune,
+    Quantize,
+    Recipe,
+    Serving,
+    parse_pattern,
+)
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -27,22 +41,33 @@ class Resolved:
     cut: Cut
 
 
+class _Target(NamedTuple):
+    """What a recipe is resolved against."""
+
+    inventory: Inventory
+    serving: Serving
+    profile: Profile
+
+
 class _Width(NamedTuple):
     """How many inputs of a matrix one device holds."""
 
     name: str
     inputs: int
+    scheme: str
 
 
-def resolve(recipe: Recipe, serving: Serving, inventory: Inventory) -> Resolved:
+def resolve(recipe: Recipe, serving: Serving, inventory: Inventory, *, profile: Profile = "portable") -> Resolved:
     """Return the resolved recipe, or refuse the first step that no checkpoint or no promised engine can hold."""
+    target = _Target(inventory, serving, profile)
     cut = Cut(inventory.experts)
     steps: list[AnyStep] = []
     for position in recipe.normal_order():
-        step, cut = _resolve_step(recipe.steps[position], f"/recipe/steps/{position}", cut, inventory=inventory, serving=serving)
+        step, cut = _resolve_step(recipe.steps[position], f"/recipe/steps/{position}", cut, target=target)
         steps.append(step)
+    _refuse_two_calibrations(recipe)
     _check_split(cut, serving, inventory)
-    return Resolved(tuple(steps), cut)
+    return Resolved(tuple(steps), replace(cut, pattern=packed_pattern(steps, profile, inventory.architecture)))
 
 
 def workable_counts(inventory: Inventory, *, expert_parallel: int = 1) -> list[int]:
@@ -54,29 +79,17 @@ def workable_counts(inventory: Inventory, *, expert_parallel: int = 1) -> list[i
     ]
 
 
-def smallest_cut(inventory: Inventory, serving: Serving) -> Cut:
-    """Return the cut that leaves the fewest bytes that any recipe can: fewest experts and blocks, 4 bits where they shrink."""
-    counts = workable_counts(inventory, expert_parallel=serving.expert_parallel) or [inventory.experts]
-    kept = Cut(counts[0], len(inventory.droppable) - 1)
-    if inventory.architecture.fused_on_disk:
-        return kept
-    packed = replace(kept, schemes=dict.fromkeys(QUANTIZABLE, "W4A16"))
-    before, after = artifact_sizes(inventory, kept).components, artifact_sizes(inventory, packed).components
-    # Experts are always quantized by the step, even where tiny ones grow by it.
-    quantized: list[Component] = [part for part in QUANTIZABLE if part == "experts" or after[part] < before[part]]
-    gained = sum(before[part] - after[part] for part in quantized)
-    return replace(packed, schemes=dict.fromkeys(quantized, "W4A16")) if gained > 0 else kept
-
-
-def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, inventory: Inventory, serving: Serving) -> tuple[AnyStep, Cut]:
+def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> tuple[AnyStep, Cut]:
     match step:
         case ExpertDrop():
-            kept = _experts_kept(step, pointer, cut, inventory)
+            kept = _experts_kept(step, pointer, cut, target.inventory)
             return step.model_copy(update={"experts_kept": kept, "fraction_dropped": None}), replace(cut, experts_kept=kept)
         case BlockDrop():
-            return step, replace(cut, blocks_dropped=_blocks_dropped(step, pointer, cut, inventory))
+            return step, replace(cut, blocks_dropped=_blocks_dropped(step, pointer, cut, target.inventory))
+        case Prune():
+            return step, _pruned(step, pointer, cut, target.inventory)
         case Quantize():
-            return _quantized(step, pointer, cut, inventory=inventory, serving=serving)
+            return _quantized(step, pointer, cut, target=target)
         case _:
             raise NotAvailable(f"step {step.step} is not available yet", pointer=f"{pointer}/step")
 
@@ -123,46 +136,124 @@ def _blocks_dropped(step: BlockDrop, pointer: str, cut: Cut, inventory: Inventor
     return dropped
 
 
-def _quantized(step: Quantize, pointer: str, cut: Cut, *, inventory: Inventory, serving: Serving) -> tuple[AnyStep, Cut]:
+def _pruned(step: Prune, pointer: str, cut: Cut, inventory: Inventory) -> Cut:
+    if cut.pruned:
+        raise ImpossibleStep("a weight can be pruned once; leave the second prune step out", pointer=pointer)
+    cut = replace(cut, pruned=frozenset[Component](("experts", "shared_experts") if step.shared_experts else ("experts",)))
+    if step.pattern is not None:
+        _check_pattern(step.pattern, cut, inventory, pointer=f"{pointer}/pattern")
+    return cut
+
+
+def _check_pattern(pattern: str, cut: Cut, inventory: Inventory, *, pointer: str) -> None:
+    """Refuse a pattern whose groups of inputs do not fill every pruned matrix."""
+    length = parse_pattern(pattern).m
+    matrices = list(matrices_to_prune(inventory, cut))
+    for header, inputs in matrices:
+        if inputs % length:
+            common = gcd(*(inputs for _, inputs in matrices))
+            fitting = [other for other in range(2, LONGEST_PATTERN + 1) if common % other == 0]
+            raise ImpossibleStep(
+                f"pattern {pattern} takes inputs in groups of {length}, which do not divide the {inputs} inputs of "
+                f"{header.name!r}; groups that divide every pruned matrix: {_listed(fitting)}",
+                pointer=pointer,
+            )
+
+
+def _refuse_two_calibrations(recipe: Recipe) -> None:
+    """Refuse steps that want to be calibrated differently: there is one pass for all of them."""
+    steps = enumerate(recipe.steps)
+    calibrated = [(position, step) for position, step in steps if isinstance(step, Prune | Quantize) and step.calibrated]
+    for setting in ("routing_weighted", "propagate_error"):
+        wishes = [getattr(step, setting) for _, step in calibrated]
+        if len(set(wishes)) > 1:
+            raise ImpossibleStep(
+                f"prune and quantize share one calibration pass, but {setting} is true in one of them and false in the other; "
+                "give both the same",
+                pointer=f"/recipe/steps/{calibrated[-1][0]}/{setting}",
+            )
+
+
+def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tuple[AnyStep, Cut]:
     if cut.schemes:
         raise ImpossibleStep("a weight can be quantized once; leave the second quantize step out", pointer=pointer)
-    if inventory.architecture.fused_on_disk:
+    _refuse_family(step, pointer, target.inventory)
+    wanted: dict[Component, str] = {
+        "experts": step.scheme,
+        "attention": step.attention,
+        "shared_experts": step.shared_experts,
+        "dense": step.dense,
+    }
+    cut = replace(cut, schemes={component: scheme for component, scheme in wanted.items() if scheme != "keep"})
+    if target.profile == "portable":
+        _refuse_few_bits(cut, pointer)
+    group_size = _group_size(step, f"{pointer}/group_size", cut, target=target)
+    return step.model_copy(update={"group_size": group_size}), replace(cut, group_size=group_size)
+
+
+def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
+    architecture = inventory.architecture
+    if architecture.fused_on_disk:
         raise NotLoadableInProfile(
-            f"{inventory.architecture.model_type} saves all experts of a layer in one 3-D tensor, and no stock loader reads "
+            f"{architecture.model_type} saves all experts of a layer in one 3-D tensor, and no stock loader reads "
             "that packed; use expert_drop and block_drop",
             pointer=pointer,
         )
-    wanted: dict[Component, str] = {"attention": step.attention, "shared_experts": step.shared_experts, "dense": step.dense}
-    chosen: dict[Component, str] = {component: scheme for component, scheme in wanted.items() if scheme != "keep"}
-    cut = replace(cut, schemes={"experts": step.scheme, **chosen})
-    widths = _widths(inventory, cut, serving)
-    fitting = [size for size in _GROUP_SIZES if all(width.inputs % size == 0 for width in widths)]
+    if step.method == "awq" and architecture.gating != "exact":
+        raise ImpossibleStep(
+            f"awq scales what enters down_proj by way of up_proj, and {architecture.model_type} clamps the value in between; "
+            "use gptq",
+            pointer=f"{pointer}/method",
+        )
+
+
+def _refuse_few_bits(cut: Cut, pointer: str) -> None:
+    for component, scheme in cut.schemes.items():
+        if BITS[scheme] < 4:
+            setting = "scheme" if component == "experts" else component
+            raise NotLoadableInProfile(
+                f'{setting} {scheme}: vLLM reads 4 and 8 bits only, which profile "portable" promises to suit; '
+                'use W4A16, or profile "custom" for engines that read fewer',
+                pointer=f"{pointer}/{setting}",
+            )
+
+
+def _group_size(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> int:
+    """Return how many inputs share one scale; -1 where every scheme is of floats, which have one scale a row anyway."""
+    widths = _widths(target.inventory, cut, target.serving)
+    if set(cut.schemes.values()) == {FLOAT}:
+        if step.group_size not in (None, WHOLE_ROW):
+            raise ImpossibleStep(
+                f"{FLOAT} has one scale for a whole row, so group_size {step.group_size} has nothing to divide; leave it out",
+                pointer=pointer,
+            )
+        return WHOLE_ROW
+    grouped = [width for width in widths if width.scheme != FLOAT]
+    fitting = [size for size in _GROUP_SIZES if all(width.inputs % size == 0 for width in grouped)]
     if step.group_size is None:
-        group_size = (*fitting, WHOLE_ROW)[0]
-    else:
-        group_size = step.group_size
-        if group_size not in (*fitting, WHOLE_ROW):
-            _refuse_group(group_size, widths, fitting, pointer=f"{pointer}/group_size")
-    return step.model_copy(update={"group_size": group_size}), replace(cut, group_size=group_size)
+        return (*fitting, WHOLE_ROW)[0]
+    if step.group_size not in (*fitting, WHOLE_ROW):
+        _refuse_group(step.group_size, grouped, fitting, pointer=pointer)
+    return step.group_size
 
 
 def _widths(inventory: Inventory, cut: Cut, serving: Serving) -> list[_Width]:
     """Return the inputs that one device holds of each kind of matrix; those that take a layer's inner values are split."""
     split = {f"{inventory.architecture.gate_up_down[2]}.weight", "down_proj.weight", "o_proj.weight"}
     widths: list[_Width] = []
-    for header in matrices_to_quantize(inventory, cut):
+    for header, scheme in matrices_to_quantize(inventory, cut):
         devices = serving.tensor_parallel if ".".join(header.name.split(".")[-2:]) in split else 1
         if header.shape[1] % devices:
             raise NotLoadableInProfile(
                 f"the {header.shape[1]} inputs of {header.name!r} cannot be split over {devices} devices",
                 pointer="/serving/tensor_parallel",
             )
-        widths.append(_Width(header.name, header.shape[1] // devices))
+        widths.append(_Width(header.name, header.shape[1] // devices, scheme))
     return widths
 
 
 def _refuse_group(group_size: int, widths: Iterable[_Width], fitting: Sequence[int], *, pointer: str) -> NoReturn:
-    name, inputs = next(width for width in widths if width.inputs % group_size)
+    name, inputs, _ = next(width for width in widths if width.inputs % group_size)
     raise NotLoadableInProfile(
         f"group_size {group_size} does not divide the {inputs} inputs per device of {name!r}; "
         f"sizes that divide every matrix: {_listed([*fitting, WHOLE_ROW])} (-1: the whole row)",

@@ -1,8 +1,12 @@
 """How many bytes an artifact takes, as a sum over the very tensors that will be written.
 
-``planned_tensors`` is the one place that says what a cut does to a tensor: vanish, lose rows, or be stored as small
-integers. Everything else here adds up. Packed layout: compressed-tensors, pack-quantized; per matrix [O, I] of b bits
-and G groups, int32 words [O, ceil(I b / 32)], scales [O, G] in the weight's own dtype, and the shape as two int64.
+``planned_tensors`` is the one place that says what a cut does to a tensor: vanish, lose rows, or be stored smaller.
+Everything else here adds up. Layouts of a matrix [O, I], all of them compressed-tensors':
+
+* pack-quantized, b bits in G groups: int32 words [O, ceil(I b / 32)], scales [O, G] in the weight's own dtype, the shape
+  as two int64;
+* float-quantized: the weight as 8-bit floats, scales [O, 1] in the dtype that it had;
+* sparse bitmask, n of m kept: the kept values [O, I n / m], a bit per input [O, ceil(I / 8)] bytes, the shape.
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple, cast
 
-from compression.architectures import COMPONENTS, Component
+from compression.architectures import COMPONENTS, Architecture, Component
 from compression.checkpoint.headers import DTYPE_BITS, TensorHeader
 from compression.planner.inventory import Block, Inventory, Part, config_count
-from compression.recipe import BITS, Serving
+from compression.recipe import BITS, AnyStep, Pattern, Profile, Prune, Quantize, Serving, parse_pattern
 
 QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
 WHOLE_ROW = -1
 """The group size that gives a row of weights one scale."""
+FLOAT = "FP8_DYNAMIC"
+"""The scheme without groups: a row of 8-bit floats has one scale, whatever the group size."""
+SOLVED = ("gptq", "awq", "sparsegpt")
+"""Methods that work on Gram matrices: they need tokens, and memory for the matrices."""
 MEMORY_CLASSES: dict[str, int] = {
     "gpu.cpu": 2 * 10**9,
     "gpu.16g": 16 * 10**9,
@@ -43,10 +51,14 @@ class Cut:
     schemes: Mapping[Component, str] = field(default_factory=dict[Component, str])
     """The scheme of each component that is quantized; absent means kept as it is."""
     group_size: int = WHOLE_ROW
+    pattern: Pattern | None = None
+    """How pruned matrices are packed; None where they are stored dense, or nothing is pruned."""
+    pruned: frozenset[Component] = frozenset()
+    """The components whose matrices are pruned; that alone changes no byte."""
 
-    def unquantized(self) -> Cut:
-        """Return the same trims without slimming: what stock transformers holds after it has unpacked the experts."""
-        return replace(self, schemes={})
+    def dense(self) -> Cut:
+        """Return the same trims without slimming: what transformers holds after every weight has been unpacked."""
+        return replace(self, schemes={}, pattern=None)
 
 
 class PlannedTensor(NamedTuple):
@@ -70,6 +82,21 @@ class Sizes:
     total: int
 
 
+def packed_pattern(steps: Iterable[AnyStep], profile: Profile, architecture: Architecture) -> Pattern | None:
+    """Return the n:m pattern in which pruned matrices are stored packed; None where they are stored dense.
+
+    Packed by the custom profile alone, since no stock loader reads it. Not where a quantize step follows, since the zeros
+    then live inside the integers; not for experts saved in one 3-D tensor; and not where it would take more bytes than
+    16-bit weights: n/m of their 16 bits and a bit per input.
+    """
+    steps = tuple(steps)
+    if profile != "custom" or architecture.fused_on_disk or any(isinstance(step, Quantize) for step in steps):
+        return None
+    written = next((step.pattern for step in steps if isinstance(step, Prune)), None)
+    pattern = parse_pattern(written) if written is not None else None
+    return pattern if pattern is not None and 16 * pattern.n + pattern.m < 16 * pattern.m else None
+
+
 def planned_tensors(inventory: Inventory, cut: Cut, block: Block | None) -> Iterator[PlannedTensor]:
     """Yield the artifact's tensors for one source block that stays; for None, those outside the blocks.
 
@@ -79,32 +106,46 @@ def planned_tensors(inventory: Inventory, cut: Cut, block: Block | None) -> Iter
         if part.expert is not None and part.expert >= cut.experts_kept:
             continue
         scheme = scheme_of(part, cut, block)
-        if scheme is None:
+        if scheme == FLOAT:
+            yield from _floats(part, scheme)
+        elif scheme is not None:
+            yield from _integers(part, scheme, cut.group_size)
+        elif cut.pattern is not None and is_pruned(part, cut, block):
+            yield from _sparse(part, cut.pattern)
+        else:
             shape = _trimmed_shape(inventory, part, cut)
             yield _planned(part, part.header.name, part.header.dtype, shape=shape, scheme=None)
-        else:
-            yield from _packed(part, scheme, cut.group_size)
 
 
 def scheme_of(part: Part, cut: Cut, block: Block | None) -> str | None:
     """Return the scheme under which a tensor is stored; None for all that is no matrix of a quantized component."""
-    header = part.header
-    if block is None or len(header.shape) != 2 or not header.name.endswith(".weight"):
-        return None
-    if header.name.endswith("_gate.weight"):  # shared_expert_gate: one row, and what it scales is the whole expert
-        return None
-    if part.component == "dense" and block.is_mixture:
-        return None
-    return cut.schemes.get(part.component)
+    return cut.schemes.get(part.component) if _is_matrix(part, block) else None
 
 
-def matrices_to_quantize(inventory: Inventory, cut: Cut) -> Iterator[TensorHeader]:
-    """Yield every kind of matrix that the cut quantizes once, from one block of each likeness and its expert 0."""
+def is_pruned(part: Part, cut: Cut, block: Block | None) -> bool:
+    """Say whether a tensor is a matrix of a pruned component; of experts saved together, each matrix is one 3-D tensor."""
+    if part.component not in cut.pruned:
+        return False
+    return _is_matrix(part, block) or (part.component == "experts" and len(part.header.shape) == 3)
+
+
+def matrices_to_prune(inventory: Inventory, cut: Cut) -> Iterator[tuple[TensorHeader, int]]:
+    """Yield every kind of matrix that the cut prunes once, and how many inputs it has."""
     for kind in sorted(set(inventory.kinds)):
         block = inventory.blocks[kind]
         for part in block.parts:
-            if part.expert in (None, 0) and scheme_of(part, cut, block) is not None:
-                yield part.header
+            if part.expert in (None, 0) and is_pruned(part, cut, block):
+                yield part.header, part.header.shape[1]  # [O, I]; saved together, experts are [E, I, O]
+
+
+def matrices_to_quantize(inventory: Inventory, cut: Cut) -> Iterator[tuple[TensorHeader, str]]:
+    """Yield every kind of matrix that the cut quantizes once, and its scheme: from a block of each likeness and its expert 0."""
+    for kind in sorted(set(inventory.kinds)):
+        block = inventory.blocks[kind]
+        for part in block.parts:
+            scheme = scheme_of(part, cut, block)
+            if part.expert in (None, 0) and scheme is not None:
+                yield part.header, scheme
 
 
 def artifact_sizes(inventory: Inventory, cut: Cut) -> Sizes:
@@ -133,14 +174,14 @@ def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
 def memory_class(inventory: Inventory, *, method: str | None) -> tuple[str, int]:
     """Return the smallest class that can work on one block, and the bytes it was chosen for.
 
-    The block twice (as read, and as rewritten), one micro-batch of activations, and for gptq the solver on one expert:
+    The block twice (as read, and as rewritten), one micro-batch of activations, and for a method that solves, one expert:
     float32 weights, their feedback and int8 codes [O, I], and Gram matrix, its factor and a permuted copy [I, I].
     """
     block = max(sum(part.header.bytes for part in block.parts) for block in inventory.blocks)
     shapes = inventory.expert_matrices
     widest = max(max(shape) for shape in shapes)
     needed = 2 * block + _MICRO_BATCH_TOKENS * _ACTIVATIONS_PER_TOKEN * 4 * widest
-    if method == "gptq":
+    if method in SOLVED:
         needed += max(2 * 9 * prod(shape) + 12 * max(shape) ** 2 for shape in shapes)  # twice: gate and up are solved as one
     fitting = [name for name, size in MEMORY_CLASSES.items() if needed <= size]
     return (fitting or list(MEMORY_CLASSES)[-1:])[0], needed
@@ -156,7 +197,32 @@ def _trimmed_shape(inventory: Inventory, part: Part, cut: Cut) -> tuple[int, ...
     return (cut.experts_kept, *part.header.shape[1:]) if counts_experts else part.header.shape
 
 
-def _packed(part: Part, scheme: str, group_size: int) -> Iterator[PlannedTensor]:
+def _is_matrix(part: Part, block: Block | None) -> bool:
+    """Say whether a tensor is the weight of a linear layer that slimming may touch."""
+    header = part.header
+    if block is None or len(header.shape) != 2 or not header.name.endswith(".weight"):
+        return False
+    if header.name.endswith("_gate.weight"):  # shared_expert_gate: one row, and what it scales is the whole expert
+        return False
+    return part.component != "dense" or not block.is_mixture
+
+
+def _floats(part: Part, scheme: str) -> Iterator[PlannedTensor]:
+    name = part.header.name
+    yield _planned(part, name, "F8_E4M3", shape=part.header.shape, scheme=scheme)
+    yield _planned(part, f"{name}_scale", part.header.dtype, shape=(part.header.shape[0], 1), scheme=scheme)
+
+
+def _sparse(part: Part, pattern: Pattern) -> Iterator[PlannedTensor]:
+    outputs, inputs = part.header.shape
+    stem = part.header.name.removesuffix("weight")
+    kept = (outputs, inputs * pattern.n // pattern.m)
+    yield _planned(part, f"{stem}compressed", part.header.dtype, shape=kept, scheme=None)
+    yield _planned(part, f"{stem}bitmask", "U8", shape=(outputs, -(-inputs // 8)), scheme=None)
+    yield _planned(part, f"{stem}shape", "I64", shape=(2,), scheme=None)
+
+
+def _integers(part: Part, scheme: str, group_size: int) -> Iterator[PlannedTensor]:
     outputs, inputs = part.header.shape
     groups = 1 if group_size == WHOLE_ROW else inputs // group_size
     stem = part.header.name.removesuffix("weight")

@@ -117,16 +117,21 @@ def test_every_fault_is_told_at_once(face: Face):
     ("members", "pointer"),
     [
         ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
-        ({"profile": "custom"}, "/profile"),
         ({"webhook": {"url": "https://example.org/x"}}, "/webhook"),
         ({"model": "s3://bucket/prefix"}, "/model"),
         ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
         ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
         ({"evaluation": {"speed": True}}, "/evaluation/speed"),
         ({"recipe": {"steps": [{"step": "recover", "method": "lora"}]}}, "/recipe/steps/0/step"),
-        ({"recipe": {"steps": [{"step": "prune", "sparsity": 0.5}]}}, "/recipe/steps/0/step"),
-        ({"recipe": {"steps": [QUANTIZE | {"method": "awq"}]}}, "/recipe/steps/0/method"),
-        ({"recipe": {"steps": [QUANTIZE | {"scheme": "W3A16"}]}}, "/recipe/steps/0/scheme"),
+        ({"recipe": {"steps": [{"step": "layer_drop", "layers_dropped": 1}]}}, "/recipe/steps/0/step"),
+        (
+            {"recipe": {"steps": [{"step": "expert_drop", "experts_kept": 4, "criterion": "aimer"}]}},
+            "/recipe/steps/0/criterion",
+        ),
+        (
+            {"recipe": {"steps": [{"step": "block_drop", "blocks_dropped": 1, "selection": "consecutive"}]}},
+            "/recipe/steps/0/selection",
+        ),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(face: Face, members: dict[str, Any], pointer: str):

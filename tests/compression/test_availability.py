@@ -12,26 +12,23 @@ from tests.compression.made_checkpoints import request
 BUILT: list[dict[str, Any]] = [
     {"step": "quantize", "method": "rtn", "scheme": "W8A16", "attention": "W4A16", "shared_experts": "W8A16", "dense": "keep"},
     {"step": "quantize", "method": "gptq", "scheme": "W4A16"},
+    {"step": "quantize", "method": "awq", "scheme": "W3A16", "attention": "FP8_DYNAMIC", "dense": "W2A16"},
+    {"step": "prune", "method": "magnitude", "sparsity": 0.5},
+    {"step": "prune", "method": "wanda", "pattern": "2:4"},
+    {"step": "prune", "method": "sparsegpt", "pattern": "3:7", "shared_experts": True},
     {"step": "expert_drop", "criterion": "routing_score", "experts_kept": 4},
     {"step": "expert_drop", "criterion": "frequency", "experts_kept": 4},
     {"step": "expert_drop", "criterion": "reap", "fraction_dropped": 0.5},
     {"step": "block_drop", "blocks_dropped": 1, "selection": "discrete"},
 ]
 NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
-    ({"step": "prune", "sparsity": 0.5}, "/step", "prune"),
     ({"step": "expert_merge", "experts_kept": 4}, "/step", "expert_merge"),
     ({"step": "layer_drop", "layers_dropped": 1}, "/step", "layer_drop"),
     ({"step": "expert_skip"}, "/step", "expert_skip"),
     ({"step": "recover", "method": "lora"}, "/step", "recover"),
     ({"step": "analyze"}, "/step", "analyze"),
-    ({"step": "quantize", "method": "awq"}, "/method", "awq"),
     ({"step": "expert_drop", "experts_kept": 4, "scope": "global"}, "/scope", "global"),
     ({"step": "block_drop", "blocks_dropped": 1, "selection": "consecutive"}, "/selection", "consecutive"),
-    *(
-        ({"step": "quantize", setting: scheme}, f"/{setting}", scheme)
-        for setting in ("scheme", "attention", "shared_experts", "dense")
-        for scheme in ("W3A16", "W2A16", "FP8_DYNAMIC")
-    ),
     *(
         ({"step": "expert_drop", "experts_kept": 4, "criterion": criterion}, "/criterion", criterion)
         for criterion in ("expert_norm", "man", "msan", "hope", "aimer", "reconstruction", "random")
@@ -39,7 +36,6 @@ NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
 ]
 SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
     ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
-    ({"profile": "custom"}, "/profile"),
     ({"model": "s3://bucket/model"}, "/model"),
     ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
     (
@@ -80,21 +76,21 @@ def test_a_field_that_is_not_built_is_refused_by_name(settings: dict[str, Any], 
 def test_a_message_says_what_to_use_instead():
     messages = [next(missing_in(request(step))).message for step, _, _ in NOT_BUILT]
 
-    assert "quantize with method awq is not available yet; available: rtn, gptq" in messages
+    assert "block_drop with selection consecutive is not available yet; available: discrete" in messages
     assert any("use" in message or "available: " in message or ";" in message for message in messages)
 
 
 def test_everything_missing_is_listed_at_once():
-    found = list(missing_in(request({"step": "prune", "sparsity": 0.5}, {"step": "analyze"}, profile="custom")))
+    found = list(missing_in(request({"step": "expert_skip"}, {"step": "analyze"}, evaluation={"speed": True})))
 
-    assert [missing.pointer for missing in found] == ["/profile", "/recipe/steps/0/step", "/recipe/steps/1/step"]
+    assert [missing.pointer for missing in found] == ["/recipe/steps/0/step", "/recipe/steps/1/step", "/evaluation/speed"]
 
 
 def test_every_step_of_the_contract_is_listed_with_schema_paper_and_evidence():
     listed = {step["name"]: step for step in available_steps()}
 
     assert set(listed) == set(STEPS) == set(STEP_FACTS)
-    assert {name for name, step in listed.items() if step["available"]} == {"quantize", "expert_drop", "block_drop"}
+    assert {name for name, step in listed.items() if step["available"]} == {"prune", "quantize", "expert_drop", "block_drop"}
     for name, step in listed.items():
         assert step["schema"]["properties"]["step"]["const"] == name
         assert step["summary"].endswith(".")

@@ -31,6 +31,7 @@ COMPONENTS = {
 EXPERT = 3 * 64 * 128
 ATTENTION = 2 * 64 * 64 + 2 * 32 * 64
 OUTSIDE = 2 * (2 * 96 * 64 + 64)
+ONE_SAMPLE = {"samples": 1, "sequence_length": 1023}
 PACKED_EXPERT = EXPERT // 2 + 2 * (64 * 128 // 64) * 3 + 3 * 16
 """Half a byte per weight, two bytes per group of 64, and 16 bytes per matrix for its shape."""
 
@@ -167,11 +168,24 @@ def test_a_quantized_source_is_refused():
             [{"step": "expert_drop", "experts_kept": 60, "criterion": "frequency"}],
             {},
         ),
-        ("few_tokens_per_expert", mixtral, [{"step": "quantize"}], {"calibration": {"samples": 1, "sequence_length": 1023}}),
+        ("few_tokens_per_expert", mixtral, [{"step": "quantize"}], {"calibration": ONE_SAMPLE}),
         ("default_calibration_text", mixtral, [{"step": "quantize"}], {}),
         ("default_calibration_text", mixtral, [{"step": "block_drop", "blocks_dropped": 1}], {}),
         ("mtp_dropped", deepseek, [{"step": "quantize"}], {}),
         ("nothing_to_quantize", mixtral, [{"step": "quantize", "shared_experts": "W8A16"}], {}),
+        ("nothing_to_prune", mixtral, [{"step": "prune", "sparsity": 0.5, "shared_experts": True}], {}),
+        ("zeros_save_nothing", mixtral, [{"step": "prune", "pattern": "2:4"}], {}),
+        ("zeros_save_nothing", mixtral, [{"step": "prune", "sparsity": 0.5}], {"profile": "custom"}),
+        ("zeros_save_nothing", gpt_oss, [{"step": "prune", "pattern": "2:4"}], {"profile": "custom"}),
+        ("zeros_save_nothing", mixtral, [{"step": "prune", "pattern": "2:4"}, {"step": "quantize"}], {"profile": "custom"}),
+        ("needs_loader", mixtral, [{"step": "prune", "pattern": "2:4"}], {"profile": "custom"}),
+        ("not_for_vllm", mixtral, [{"step": "quantize", "attention": "W3A16"}], {"profile": "custom"}),
+        *(
+            ("few_tokens_per_expert", mixtral, [step], {"calibration": ONE_SAMPLE})
+            for step in ({"step": "quantize", "method": "awq"}, {"step": "prune", "sparsity": 0.5})
+        ),
+        ("default_calibration_text", mixtral, [{"step": "prune", "sparsity": 0.5, "method": "wanda"}], {}),
+        ("default_calibration_text", mixtral, [{"step": "quantize", "method": "awq"}], {}),
     ],
 )
 def test_a_warning_is_given(code: str, family: Any, steps: list[dict[str, Any]], settings: dict[str, Any]):
@@ -197,6 +211,20 @@ def test_a_warning_is_given(code: str, family: Any, steps: list[dict[str, Any]],
         ("default_calibration_text", mixtral, [{"step": "quantize"}], {"calibration": {"source": "hub:owner/text"}}),
         ("nothing_to_quantize", qwen, [{"step": "quantize", "shared_experts": "W8A16", "dense": "W4A16"}], {}),
         ("mtp_dropped", lambda: deepseek(mtp=0), [{"step": "quantize"}], {}),
+        ("nothing_to_prune", qwen, [{"step": "prune", "sparsity": 0.5, "shared_experts": True}], {}),
+        ("nothing_to_prune", mixtral, [{"step": "prune", "sparsity": 0.5}], {}),
+        ("zeros_save_nothing", mixtral, [{"step": "prune", "pattern": "2:4"}], {"profile": "custom"}),
+        ("zeros_save_nothing", mixtral, [{"step": "quantize"}], {}),
+        ("needs_loader", mixtral, [{"step": "prune", "pattern": "2:4"}], {}),
+        ("needs_loader", mixtral, [{"step": "quantize", "scheme": "W2A16"}], {"profile": "custom"}),
+        ("not_for_vllm", mixtral, [{"step": "quantize", "attention": "FP8_DYNAMIC"}], {"profile": "custom"}),
+        (
+            "few_tokens_per_expert",
+            mixtral,
+            [{"step": "prune", "sparsity": 0.5, "method": "wanda"}],
+            {"calibration": {"samples": 1}},
+        ),
+        ("default_calibration_text", mixtral, [{"step": "prune", "sparsity": 0.5, "method": "magnitude"}], {}),
     ],
 )
 def test_a_warning_is_not_given_without_its_cause(code: str, family: Any, steps: list[dict[str, Any]], settings: dict[str, Any]):
@@ -204,10 +232,9 @@ def test_a_warning_is_not_given_without_its_cause(code: str, family: Any, steps:
 
 
 def test_dropping_experts_leaves_more_calibration_tokens_for_each():
-    calibration = {"samples": 1, "sequence_length": 1023}
     recipe = [{"step": "expert_drop", "experts_kept": 7}, {"step": "quantize"}]
 
-    codes = {warning.code for warning in plan_of(*recipe, calibration=calibration).warnings}
+    codes = {warning.code for warning in plan_of(*recipe, calibration=ONE_SAMPLE).warnings}
 
     assert "few_tokens_per_expert" not in codes  # 1023 * 2 / 7 reaches twice the 128 inputs, 1023 * 2 / 8 does not
 
@@ -220,20 +247,75 @@ def plan_or_none(wish: Compression, whole: Checkpoint) -> Plan | None:
         return None
 
 
+@pytest.mark.parametrize(
+    ("steps", "family", "profile", "word"),
+    [
+        ([{"step": "prune", "pattern": "2:4"}], mixtral, "portable", 'profile "custom" stores them packed'),
+        ([{"step": "prune", "sparsity": 0.5}], mixtral, "custom", 'pattern such as "2:4"'),
+        ([{"step": "prune", "pattern": "2:4"}, {"step": "quantize"}], mixtral, "custom", "inside the integers"),
+        ([{"step": "prune", "pattern": "2:4"}], gpt_oss, "custom", "gpt_oss saves all experts"),
+        ([{"step": "prune", "pattern": "15:16"}], mixtral, "custom", "15:16 would take more bytes"),
+    ],
+)
+def test_the_warning_of_zeros_says_why_they_are_stored_dense(steps: list[dict[str, Any]], family: Any, profile: str, word: str):
+    plan = plan_of(*steps, family=family, profile=profile)
+
+    [message] = [warning.message for warning in plan.warnings if warning.code == "zeros_save_nothing"]
+    assert word in message
+    assert plan.memory["transformers"] >= plan.bytes_after
+
+
+def test_a_packed_pattern_counts_nine_sixteenths_on_disk_and_all_of_it_in_memory():
+    plan = plan_of({"step": "prune", "pattern": "2:4"}, profile="custom")
+
+    assert plan.components["experts"] == 4 * 8 * (2 * EXPERT * 9 // 16 + 3 * 16)
+    assert plan.bytes_before - plan.bytes_after == 4 * 8 * (2 * EXPERT * 7 // 16 - 3 * 16)
+    assert plan.memory["transformers"] == plan.bytes_before
+
+
+@pytest.mark.parametrize(
+    ("scheme", "profile", "expert"),
+    [
+        ("FP8_DYNAMIC", "portable", EXPERT + 2 * (128 + 128 + 64)),
+        ("W3A16", "custom", EXPERT * 3 // 8 + 2 * (EXPERT // 64) + 3 * 16),
+        ("W2A16", "custom", EXPERT // 4 + 2 * (EXPERT // 64) + 3 * 16),
+    ],
+)
+def test_other_schemes_count_as_by_hand_and_unpack_to_the_whole_model(scheme: str, profile: str, expert: int):
+    plan = plan_of({"step": "quantize", "scheme": scheme}, profile=profile)
+
+    assert plan.components["experts"] == 4 * 8 * expert
+    assert plan.memory["transformers"] == plan.bytes_before
+    assert {block.expert_scheme for block in plan.blocks} == {scheme}
+
+
+def test_the_least_that_is_possible_is_less_in_the_custom_profile():
+    portable, custom = (plan_of({"step": "quantize"}, profile=profile) for profile in ("portable", "custom"))
+
+    assert custom.smallest_possible_bytes < portable.smallest_possible_bytes
+    assert custom.bytes_after == portable.bytes_after
+
+
 quantize_steps = st.fixed_dictionaries(
     {"step": st.just("quantize")},
     optional={
-        "method": st.sampled_from(["rtn", "gptq"]),
-        "scheme": st.sampled_from(["W4A16", "W8A16"]),
+        "method": st.sampled_from(["rtn", "gptq", "awq"]),
+        "scheme": st.sampled_from(["W4A16", "W8A16", "W3A16", "W2A16", "FP8_DYNAMIC"]),
         "group_size": st.sampled_from([32, 64, 128, -1]),
-        "attention": st.sampled_from(["W4A16", "W8A16", "keep"]),
+        "attention": st.sampled_from(["W4A16", "W8A16", "W2A16", "FP8_DYNAMIC", "keep"]),
         "shared_experts": st.sampled_from(["W4A16", "W8A16", "keep"]),
         "dense": st.sampled_from(["W4A16", "W8A16", "keep"]),
     },
 )
+prune_steps = st.fixed_dictionaries(
+    {"step": st.just("prune"), "pattern": st.sampled_from(["2:4", "4:8", "1:64", "3:4", "15:16", "1:3"])},
+    optional={"method": st.sampled_from(["magnitude", "wanda", "sparsegpt"]), "shared_experts": st.booleans()},
+) | st.fixed_dictionaries({"step": st.just("prune"), "sparsity": st.sampled_from([0.0, 0.5])})
+profiles = st.sampled_from(["portable", "custom"])
 recipes = st.lists(
     st.one_of(
         quantize_steps,
+        prune_steps,
         st.fixed_dictionaries({"step": st.just("expert_drop"), "experts_kept": st.integers(1, 17)}),
         st.fixed_dictionaries({"step": st.just("expert_drop"), "fraction_dropped": st.floats(0.01, 0.99)}),
         st.fixed_dictionaries({"step": st.just("block_drop"), "blocks_dropped": st.integers(1, 4)}),
@@ -259,10 +341,13 @@ servings = st.fixed_dictionaries(
     steps=recipes,
     serving=servings,
     target=st.none() | st.integers(0, 10**7),
+    profile=profiles,
 )
-def test_every_plan_keeps_its_promises(family: Any, steps: list[dict[str, Any]], serving: dict[str, Any], target: int | None):
+def test_every_plan_keeps_its_promises(
+    family: Any, steps: list[dict[str, Any]], serving: dict[str, Any], target: int | None, profile: str
+):
     whole = checkpoint(*family())
-    plan = plan_or_none(request(*steps, serving=serving, target_memory=target), whole)
+    plan = plan_or_none(request(*steps, serving=serving, target_memory=target, profile=profile), whole)
     if plan is None:
         return
 
@@ -277,14 +362,14 @@ def test_every_plan_keeps_its_promises(family: Any, steps: list[dict[str, Any]],
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(family=st.sampled_from([mixtral, qwen, deepseek, gpt_oss]), steps=recipes)
-def test_a_plans_own_steps_are_a_recipe_for_the_same_plan(family: Any, steps: list[dict[str, Any]]):
+@given(family=st.sampled_from([mixtral, qwen, deepseek, gpt_oss]), steps=recipes, profile=profiles)
+def test_a_plans_own_steps_are_a_recipe_for_the_same_plan(family: Any, steps: list[dict[str, Any]], profile: str):
     whole = checkpoint(*family())
-    plan = plan_or_none(request(*steps), whole)
+    plan = plan_or_none(request(*steps, profile=profile), whole)
     if plan is None:
         return
 
-    again = make_plan(request(*plan.steps), whole)
+    again = make_plan(request(*plan.steps, profile=profile), whole)
 
     without_order = [warning for warning in plan.warnings if warning.code != "steps_reordered"]
     assert again == plan.model_copy(update={"warnings": tuple(without_order)})

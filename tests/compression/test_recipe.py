@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from compression.recipe import STEPS, AnyStep, Bytes, Compression, Quantize, Recipe, parse_bytes, step_schema
+from compression.recipe import (
+    STEPS,
+    AnyStep,
+    Bytes,
+    Compression,
+    Prune,
+    Quantize,
+    Recipe,
+    parse_bytes,
+    parse_pattern,
+    step_schema,
+)
 
 BASE: dict[str, Any] = {"model": "owner/name", "recipe": {"steps": [{"step": "quantize"}]}}
 
@@ -93,7 +104,13 @@ def test_an_unknown_setting_of_a_step_is_refused(step: str):
         {"step": "prune", "sparsity": 1.0},
         {"step": "prune", "sparsity": -0.1},
         {"step": "prune", "sparsity": 0.5, "pattern": "2:4"},
-        {"step": "prune", "pattern": "3:4"},
+        {"step": "prune", "pattern": "4:4"},
+        {"step": "prune", "pattern": "0:4"},
+        {"step": "prune", "pattern": "2:65"},
+        {"step": "prune", "pattern": "2 of 4"},
+        {"step": "prune", "pattern": 4},
+        {"step": "prune", "sparsity": 0.5, "method": "magnitude", "routing_weighted": True},
+        {"step": "quantize", "method": "rtn", "routing_weighted": True},
         {"step": "quantize", "group_size": 100},
         {"step": "quantize", "scheme": "W5A16"},
         {"step": "quantize", "attention": None},
@@ -200,3 +217,25 @@ def test_every_step_class_is_one_of_the_steps_that_a_recipe_takes():
 def test_group_size_stays_open_until_a_plan_fills_it():
     assert Quantize().group_size is None
     assert Quantize(group_size=-1).group_size == -1
+
+
+@pytest.mark.parametrize(("text", "pattern"), [("2:4", (2, 4)), ("4:8", (4, 8)), ("1:64", (1, 64)), ("63:64", (63, 64))])
+def test_a_pattern_is_the_non_zeros_and_the_inputs_among_which_they_are(text: str, pattern: tuple[int, int]):
+    assert parse_pattern(text) == pattern
+    assert Prune(pattern=text).pattern == text
+
+
+@pytest.mark.parametrize("text", ["4:4", "4:2", "0:4", "1:65", "02:4", "2:4 ", "2/4", "", "\u0662:4"])
+def test_what_is_no_pattern_is_named_with_what_would_be(text: str):
+    with pytest.raises(ValueError, match="at most n non-zero in every m inputs, 1 <= n < m <= 64") as refusal:
+        parse_pattern(text)
+
+    assert repr(text) in str(refusal.value)
+
+
+def test_a_method_is_calibrated_when_it_looks_at_what_enters_a_weight():
+    steps = [Prune(method=method, sparsity=0.5) for method in ("magnitude", "wanda", "sparsegpt")]
+    steps += [Quantize(method=method) for method in ("rtn", "gptq", "awq")]
+
+    assert [step.method for step in steps if step.calibrated] == ["wanda", "sparsegpt", "gptq", "awq"]
+    assert all(step.propagate_error and not step.routing_weighted for step in steps)

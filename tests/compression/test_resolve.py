@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile, RequestError
 from compression.planner.inventory import Inventory, take_inventory
-from compression.planner.resolve import Resolved, resolve, smallest_cut, workable_counts
+from compression.planner.resolve import Resolved, resolve, workable_counts
 from compression.planner.sizes import Cut, artifact_sizes
-from compression.recipe import BlockDrop, ExpertDrop, Prune, Quantize, Recipe, Serving
+from compression.recipe import Analyze, ExpertDrop, Pattern, Profile, Quantize, Recipe, Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 
@@ -16,9 +17,11 @@ def inventory_of(family: Any = mixtral, **shape: Any) -> Inventory:
     return take_inventory(checkpoint(*family(**shape)))
 
 
-def resolved(*steps: dict[str, Any], inventory: Inventory | None = None, **serving: Any) -> Resolved:
+def resolved(
+    *steps: dict[str, Any], inventory: Inventory | None = None, profile: Profile = "portable", **serving: Any
+) -> Resolved:
     recipe = Recipe.model_validate({"steps": list(steps)})
-    return resolve(recipe, Serving(**serving), inventory or inventory_of())
+    return resolve(recipe, Serving(**serving), inventory or inventory_of(), profile=profile)
 
 
 def drop(**settings: Any) -> dict[str, Any]:
@@ -29,9 +32,15 @@ def quantize(**settings: Any) -> dict[str, Any]:
     return {"step": "quantize", **settings}
 
 
-def refusal(*steps: dict[str, Any], inventory: Inventory | None = None, **serving: Any) -> RequestError:
+def prune(**settings: Any) -> dict[str, Any]:
+    return {"step": "prune", **settings}
+
+
+def refusal(
+    *steps: dict[str, Any], inventory: Inventory | None = None, profile: Profile = "portable", **serving: Any
+) -> RequestError:
     with pytest.raises(RequestError) as caught:
-        resolved(*steps, inventory=inventory, **serving)
+        resolved(*steps, inventory=inventory, profile=profile, **serving)
     return caught.value
 
 
@@ -201,44 +210,165 @@ def test_a_width_that_devices_cannot_share_is_not_loadable():
 
 def test_a_step_without_a_resolution_is_refused_and_not_skipped():
     with pytest.raises(NotAvailable):
-        resolve(Recipe(steps=(Prune(sparsity=0.5),)), Serving(), inventory_of())
+        resolve(Recipe(steps=(Analyze(),)), Serving(), inventory_of())
+
+
+@pytest.mark.parametrize("setting", ["scheme", "attention", "shared_experts", "dense"])
+@pytest.mark.parametrize("scheme", ["W3A16", "W2A16"])
+def test_fewer_than_four_bits_need_the_custom_profile(setting: str, scheme: str):
+    error = refusal(quantize(**{setting: scheme}))
+
+    assert isinstance(error, NotLoadableInProfile)
+    assert error.pointer == f"/recipe/steps/0/{setting}"
+    assert scheme in error.message
+    assert 'profile "custom"' in error.message
+    component = "experts" if setting == "scheme" else setting
+    assert dict(resolved(quantize(**{setting: scheme}), profile="custom").cut.schemes)[component] == scheme
+
+
+def test_floats_take_part_in_the_portable_profile_beside_integers():
+    result = resolved(quantize(scheme="W4A16", attention="FP8_DYNAMIC"))
+
+    assert result.cut == Cut(8, 0, {"experts": "W4A16", "attention": "FP8_DYNAMIC"}, 64)
+
+
+def test_floats_have_no_groups_and_limit_those_of_no_other_scheme():
+    inventory = inventory_of(deepseek, hidden=128, width=128, latent=96)  # kv_b_proj takes 96 inputs: 128 does not divide
+
+    assert resolved(quantize(attention="FP8_DYNAMIC"), inventory=inventory).cut.group_size == 128
+    assert resolved(quantize(attention="W8A16"), inventory=inventory).cut.group_size == 32
+
+
+def test_where_all_schemes_are_floats_the_group_is_the_whole_row_and_another_is_impossible():
+    floats = {"scheme": "FP8_DYNAMIC", "attention": "FP8_DYNAMIC"}
+
+    error = refusal(quantize(**floats, group_size=64))
+
+    assert resolved(quantize(**floats)).cut.group_size == -1
+    assert resolved(quantize(**floats, group_size=-1)).steps == (Quantize(**floats, group_size=-1),)
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == "/recipe/steps/0/group_size"
+
+
+def test_floats_are_split_over_devices_as_integers_are():
+    error = refusal(quantize(scheme="FP8_DYNAMIC", attention="FP8_DYNAMIC"), inventory=inventory_of(hidden=66), tensor_parallel=4)
+
+    assert isinstance(error, NotLoadableInProfile)
+    assert "66 inputs" in error.message
+
+
+def test_fewer_bits_name_the_groups_that_divide_over_devices_too():
+    inventory = inventory_of(hidden=256, width=768, kv=256)
+
+    error = refusal(quantize(scheme="W3A16", group_size=128), inventory=inventory, profile="custom", tensor_parallel=4)
+
+    assert isinstance(error, NotLoadableInProfile)
+    assert "192 inputs per device" in error.message
+    assert "64, 32, -1" in error.message
+
+
+def test_awq_is_impossible_where_the_gating_function_clamps():
+    inventory = inventory_of()
+    clamping = replace(inventory, architecture=replace(inventory.architecture, gating="clamped"))
+
+    error = refusal(quantize(method="awq"), inventory=clamping)
+
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == "/recipe/steps/0/method"
+    assert resolved(quantize(method="awq")).cut == resolved(quantize(method="gptq")).cut
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("profile", ["portable", "custom"])
+def test_no_method_and_no_profile_packs_experts_saved_in_one_tensor(method: str, profile: Profile):
+    error = refusal(quantize(method=method), inventory=inventory_of(gpt_oss), profile=profile)
+
+    assert isinstance(error, NotLoadableInProfile)
+    assert error.pointer == "/recipe/steps/0"
 
 
 @pytest.mark.parametrize("family", [mixtral, qwen, deepseek, gpt_oss])
-def test_no_recipe_goes_below_the_smallest_cut(family: Any):
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+def test_pruning_changes_no_byte_of_any_family_in_the_portable_profile(family: Any, settings: dict[str, Any]):
     inventory = inventory_of(family)
-    smallest = artifact_sizes(inventory, smallest_cut(inventory, Serving())).total
-    schemes = ("keep",) if family is gpt_oss else ("keep", "W4A16", "W8A16")
 
-    for kept in workable_counts(inventory):
-        for dropped in range(len(inventory.droppable)):
-            for scheme in schemes:
-                steps: list[Any] = [ExpertDrop(experts_kept=kept)]
-                steps += [BlockDrop(blocks_dropped=dropped)] if dropped else []
-                if scheme != "keep":
-                    steps.append(Quantize(scheme=scheme, attention=scheme, shared_experts=scheme, dense=scheme, group_size=-1))
-                cut = resolve(Recipe(steps=tuple(steps)), Serving(), inventory).cut
-                assert artifact_sizes(inventory, cut).total >= smallest
+    result = resolved(prune(**settings), inventory=inventory)
+
+    assert result.cut == Cut(inventory.experts, pruned=frozenset({"experts"}))
+    assert artifact_sizes(inventory, result.cut).total == inventory.bytes
 
 
-def test_the_smallest_cut_is_one_that_a_recipe_can_ask_for():
-    inventory = inventory_of(deepseek)
+def test_a_weight_is_pruned_once():
+    error = refusal(prune(sparsity=0.5), quantize(), prune(pattern="2:4"))
 
-    assert smallest_cut(inventory, Serving()) == Cut(
-        8, 2, {"experts": "W4A16", "attention": "W4A16", "shared_experts": "W4A16", "dense": "W4A16"}, -1
-    )
-    assert smallest_cut(inventory, Serving(expert_parallel=3)).experts_kept == 12
-    assert smallest_cut(inventory_of(gpt_oss), Serving()) == Cut(2, 3)
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == "/recipe/steps/2"
 
 
-def test_matrices_too_tiny_to_shrink_stay_whole_in_the_smallest_cut():
-    # A row of 4 inputs takes 8 bytes in bf16, and 4 + 2 packed; 16 more bytes for the shape outweigh a few rows.
-    tiny = inventory_of(hidden=4, width=4, kv=4)
+def test_a_pattern_that_does_not_fill_a_matrix_names_it_its_width_and_what_would():
+    error = refusal(prune(pattern="3:10"), inventory=inventory_of(hidden=60, width=64))
 
-    assert smallest_cut(tiny, Serving()).schemes == {}
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == "/recipe/steps/0/pattern"
+    assert "64 inputs of 'model.layers.0.block_sparse_moe.experts.0.w2.weight'" in error.message
+    assert error.message.endswith("divide every pruned matrix: 2, 4")
 
 
-def test_four_bits_where_they_shrink_and_nothing_where_they_do_not():
-    inventory = inventory_of(hidden=4, width=512, kv=4)
+def test_shared_experts_bind_a_pattern_only_when_they_are_pruned():
+    # Routed experts take 64 and 128 inputs, the shared one 64 and 192: only the last is no multiple of 128.
+    inventory = inventory_of(qwen, width=128, hidden=128)
 
-    assert smallest_cut(inventory, Serving()).schemes == {"experts": "W4A16"}
+    assert resolved(prune(pattern="1:64"), inventory=inventory).cut.pruned == {"experts"}
+    assert resolved(prune(pattern="1:64", shared_experts=True), inventory=inventory).cut.pruned == {"experts", "shared_experts"}
+    narrow = inventory_of(qwen, width=160, hidden=160)
+    assert resolved(prune(pattern="1:10"), inventory=narrow).cut.pruned == {"experts"}
+    assert "shared_expert.down_proj" in refusal(prune(pattern="1:10", shared_experts=True), inventory=narrow).message
+
+
+def test_a_pattern_must_fill_the_inputs_of_experts_saved_in_one_tensor_too():
+    inventory = inventory_of(gpt_oss, hidden=64, width=96)  # saved [experts, inputs, outputs]
+
+    error = refusal(prune(pattern="2:64"), inventory=inventory)
+
+    assert "96 inputs of 'model.layers.0.mlp.experts.down_proj'" in error.message
+    assert resolved(prune(pattern="2:32"), inventory=inventory).cut.pruned == {"experts"}
+
+
+def test_a_pattern_without_quantization_is_packed_in_the_custom_profile():
+    assert resolved(prune(pattern="2:4"), profile="custom").cut == Cut(8, pattern=Pattern(2, 4), pruned=frozenset({"experts"}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "family", "profile"),
+    [
+        ([prune(pattern="2:4")], mixtral, "portable"),
+        ([prune(sparsity=0.5)], mixtral, "custom"),
+        ([prune(pattern="2:4"), quantize()], mixtral, "custom"),
+        ([prune(pattern="2:4")], gpt_oss, "custom"),
+        ([prune(pattern="15:16")], mixtral, "custom"),  # 15/16 of 16 bits and one more for the mask: nothing is saved
+        ([drop(experts_kept=4)], mixtral, "custom"),
+    ],
+)
+def test_everything_else_that_is_pruned_is_stored_dense(steps: list[dict[str, Any]], family: Any, profile: Profile):
+    assert resolved(*steps, inventory=inventory_of(family), profile=profile).cut.pattern is None
+
+
+@pytest.mark.parametrize(("setting", "value"), [("routing_weighted", True), ("propagate_error", False)])
+def test_steps_that_share_a_calibration_pass_must_agree_on_it(setting: str, value: bool):
+    error = refusal(prune(sparsity=0.5), quantize(**{setting: value}))
+
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == f"/recipe/steps/1/{setting}"
+    assert setting in error.message
+    assert resolved(prune(sparsity=0.5, **{setting: value}), quantize(**{setting: value})).cut.schemes
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [prune(sparsity=0.5, method="magnitude"), quantize(routing_weighted=True, propagate_error=False)],
+        [prune(sparsity=0.5, method="wanda", routing_weighted=True), quantize(method="rtn")],
+    ],
+)
+def test_a_step_that_needs_no_calibration_agrees_with_any(steps: list[dict[str, Any]]):
+    assert resolved(*steps).cut.schemes == {"experts": "W4A16"}

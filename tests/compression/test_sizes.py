@@ -9,11 +9,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compression.architectures import ARCHITECTURES
 from compression.checkpoint.headers import DTYPE_BITS, Checkpoint
 from compression.errors import BrokenCheckpoint
 from compression.planner.inventory import take_inventory
-from compression.planner.sizes import MEMORY_CLASSES, Cut, artifact_sizes, kv_cache_bytes, memory_class, planned_tensors
-from compression.recipe import BITS, Serving
+from compression.planner.sizes import (
+    MEMORY_CLASSES,
+    Cut,
+    artifact_sizes,
+    kv_cache_bytes,
+    memory_class,
+    packed_pattern,
+    planned_tensors,
+)
+from compression.recipe import BITS, Pattern, Prune, Quantize, Serving
 from tests.compression.made_checkpoints import Config, Tensors, checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 GIB = 2**30
@@ -61,6 +70,10 @@ def test_mixtral_8x7b_at_four_bits_is_the_sum_done_by_hand():
         ("W8A16", -1, 128, 128 + 2),
         ("W4A16", -1, 65, 36 + 2),  # 260 bits fill 9 words of 4 bytes
         ("W8A16", -1, 65, 68 + 2),
+        ("W3A16", 32, 64, 24 + 2 * 2),
+        ("W3A16", -1, 65, 28 + 2),  # 195 bits fill 7 words
+        ("W2A16", 64, 128, 32 + 2 * 2),
+        ("W2A16", -1, 65, 20 + 2),
     ],
 )
 def test_a_packed_row_is_its_words_and_its_scales(scheme: str, group_size: int, inputs: int, bytes_of_a_row: int):
@@ -76,6 +89,60 @@ def test_a_packed_row_is_its_words_and_its_scales(scheme: str, group_size: int, 
         ("weight_scale", "BF16"),
         ("weight_shape", "I64"),
     ]
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_floats_are_a_byte_per_weight_and_a_scale_per_row_whatever_the_group(group_size: int):
+    inventory = take_inventory(checkpoint(*mixtral(blocks=1, hidden=64, width=128)))
+
+    planned = planned_tensors(inventory, Cut(8, 0, {"experts": "FP8_DYNAMIC"}, group_size), inventory.blocks[0])
+
+    w2 = [tensor for tensor in planned if tensor.name_in_source.endswith("experts.3.w2.weight")]
+    prefix = "model.layers.0.block_sparse_moe.experts.3.w2"
+    assert [(tensor.name, tensor.dtype, tensor.shape, tensor.bytes) for tensor in w2] == [
+        (f"{prefix}.weight", "F8_E4M3", (64, 128), 64 * 128),
+        (f"{prefix}.weight_scale", "BF16", (64, 1), 64 * 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "mask"), [((2, 4), 60, 15), ((4, 8), 60, 15), ((1, 4), 30, 15), ((3, 5), 72, 15), ((1, 40), 3, 15)]
+)
+def test_packed_zeros_are_the_kept_values_a_bit_per_input_and_the_shape(pattern: tuple[int, int], kept: int, mask: int):
+    inventory = take_inventory(checkpoint(*mixtral(blocks=1, hidden=120, width=240)))
+    cut = Cut(8, pattern=Pattern(*pattern), pruned=frozenset({"experts"}))
+
+    planned = list(planned_tensors(inventory, cut, inventory.blocks[0]))
+
+    w1 = [tensor for tensor in planned if tensor.name_in_source.endswith("experts.3.w1.weight")]
+    prefix = "model.layers.0.block_sparse_moe.experts.3.w1"
+    assert [(tensor.name, tensor.dtype, tensor.shape, tensor.bytes) for tensor in w1] == [
+        (f"{prefix}.compressed", "BF16", (240, kept), 240 * kept * 2),
+        (f"{prefix}.bitmask", "U8", (240, mask), 240 * mask),
+        (f"{prefix}.shape", "I64", (2,), 16),
+    ]
+    assert {tensor.component for tensor in planned if tensor.name.endswith("bitmask")} == {"experts"}
+
+
+def test_2_of_4_takes_nine_sixteenths_of_the_experts():
+    inventory = take_inventory(real_mixtral())
+
+    experts = artifact_sizes(inventory, Cut(8, pattern=Pattern(2, 4), pruned=frozenset({"experts"}))).components["experts"]
+
+    matrices = 32 * 8 * 3
+    assert experts == matrices * (4096 * 14336 * 2 * 9 // 16 + 16)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_experts_are_packed_only_where_they_are_pruned_and_never_their_gate(shared: bool):
+    inventory = take_inventory(checkpoint(*qwen()))
+    pruned = frozenset({"experts", "shared_experts"} if shared else {"experts"})
+
+    planned = planned_tensors(inventory, Cut(8, pattern=Pattern(2, 4), pruned=pruned), inventory.blocks[1])
+
+    names = {tensor.name for tensor in planned}
+    assert ("model.layers.1.mlp.shared_expert.down_proj.bitmask" in names) == shared
+    assert {"model.layers.1.mlp.shared_expert_gate.weight", "model.layers.1.mlp.gate.weight"} <= names
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -109,7 +176,15 @@ def test_router_norms_biases_embeddings_and_the_shared_experts_gate_stay_as_they
 
 
 def written(
-    config: Config, tensors: Tensors, *, blocks: set[int], experts: Mapping[int, set[int]], schemes: Mapping[str, str], group: int
+    config: Config,
+    tensors: Tensors,
+    *,
+    blocks: set[int],
+    experts: Mapping[int, set[int]],
+    schemes: Mapping[str, str],
+    group: int,
+    pattern: Pattern | None,
+    pruned: frozenset[str],
 ) -> int:
     """Cut the tensors one by one, as a writer would, and return their bytes; knows nothing of the code under test."""
     total = 0
@@ -124,8 +199,14 @@ def written(
             continue
         if re.search(r"\.(gate|router)\.(weight|bias|e_score_correction_bias)$|mlp\.experts\.[a-z_]+$", rest):
             shape = (len(experts[block]), *shape[1:])
-        scheme = schemes.get(kind(rest)) if rest.endswith(".weight") and len(shape) == 2 else None
-        total += size(dtype, shape) if scheme is None else packed(dtype, shape, BITS[scheme], group)
+        component = kind(rest) if rest.endswith(".weight") and len(shape) == 2 else "other"
+        if component in schemes:
+            total += packed(dtype, shape, schemes[component], group)
+        elif pattern and component in pruned:
+            rows, inputs = shape
+            total += size(dtype, (rows, inputs // pattern.m * pattern.n)) + rows * ceil(inputs / 8) + 16
+        else:
+            total += size(dtype, shape)
     return total
 
 
@@ -143,8 +224,11 @@ def size(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def packed(dtype: str, shape: tuple[int, ...], bits: int, group: int) -> int:
+def packed(dtype: str, shape: tuple[int, ...], scheme: str, group: int) -> int:
     rows, inputs = shape
+    if scheme == "FP8_DYNAMIC":
+        return rows * inputs + size(dtype, (rows, 1))
+    bits = BITS[scheme]
     return 4 * rows * ceil(inputs * bits / 32) + size(dtype, (rows, inputs // group if group > 0 else 1)) + 16
 
 
@@ -166,16 +250,21 @@ def test_whatever_experts_and_blocks_are_chosen_the_bytes_are_those_of_the_plan(
     of_block = st.sets(st.integers(0, inventory.experts - 1), min_size=kept, max_size=kept)
     experts = {block.index: data.draw(of_block) for block in inventory.blocks}
     parts = st.sampled_from(["experts", "attention", "shared_experts", "dense"])
-    schemes = {} if family == "gpt_oss" else data.draw(st.dictionaries(parts, st.sampled_from(["W4A16", "W8A16"])))
+    schemes = {} if family == "gpt_oss" else data.draw(st.dictionaries(parts, st.sampled_from(sorted(BITS))))
 
-    sizes = artifact_sizes(inventory, Cut(kept, len(gone), schemes, group))
+    pruned = data.draw(st.sampled_from([frozenset[Any](), frozenset({"experts"}), frozenset({"experts", "shared_experts"})]))
+    patterns = st.sampled_from([Pattern(2, 4), Pattern(1, 16), Pattern(3, 8)])
+    pattern = None if schemes or family == "gpt_oss" or not pruned else data.draw(st.none() | patterns)
+    way: Any = {"experts": experts, "schemes": schemes, "group": group, "pattern": pattern, "pruned": pruned}
+
+    sizes = artifact_sizes(inventory, Cut(kept, len(gone), schemes, group, pattern, pruned))
 
     blocks = set(range(len(inventory.blocks))) - gone
-    assert sizes.total == written(config, tensors, blocks=blocks, experts=experts, schemes=schemes, group=group)
+    assert sizes.total == written(config, tensors, blocks=blocks, **way)
     assert sizes.total == sum(sizes.components.values())
     for index, bytes_of_block in enumerate(sizes.blocks):
-        alone = written(config, tensors, blocks={index}, experts=experts, schemes=schemes, group=group)
-        outside = written(config, tensors, blocks=set(), experts=experts, schemes=schemes, group=group)
+        alone = written(config, tensors, blocks={index}, **way)
+        outside = written(config, tensors, blocks=set(), **way)
         assert bytes_of_block == alone - outside
 
 
@@ -263,6 +352,8 @@ def test_the_memory_class_grows_with_the_block_and_with_the_solver():
     assert memory_class(small, method="gptq")[0] == "gpu.cpu"
     assert memory_class(large, method=None)[0] == "gpu.16g"
     assert memory_class(large, method="gptq")[1] - memory_class(large, method="rtn")[1] == 18 * 4096 * 14336 + 12 * 14336**2
+    assert memory_class(large, method="awq") == memory_class(large, method="sparsegpt") == memory_class(large, method="gptq")
+    assert memory_class(large, method="wanda") == memory_class(large, method=None)
     assert 2 * 2.7 * GIB < memory_class(large, method=None)[1] < MEMORY_CLASSES["gpu.16g"]
 
 
@@ -273,3 +364,15 @@ def test_a_block_beyond_every_class_gets_the_largest():
 
     assert name == "gpu.141g"
     assert needed > MEMORY_CLASSES[name]
+
+
+def test_the_packed_pattern_is_that_of_the_prune_step_in_the_custom_profile():
+    mixtral, gpt_oss = ARCHITECTURES["mixtral"], ARCHITECTURES["gpt_oss"]
+    steps = (Prune(pattern="2:4"),)
+
+    assert packed_pattern(steps, "custom", mixtral) == Pattern(2, 4)
+    assert packed_pattern(steps, "portable", mixtral) is None
+    assert packed_pattern(steps, "custom", gpt_oss) is None
+    assert packed_pattern((*steps, Quantize()), "custom", mixtral) is None
+    assert packed_pattern((Prune(sparsity=0.5),), "custom", mixtral) is None
+    assert packed_pattern((), "custom", mixtral) is None

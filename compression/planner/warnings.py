@@ -1,0 +1,130 @@
+"""What the caller should know about a plan that stops no run.
+
+A warning says what is going to happen, by how much, and what to do about it; its code is what programs switch on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from compression.planner.inventory import Inventory
+from compression.planner.resolve import Resolved
+from compression.planner.sizes import MEMORY_CLASSES, SOLVED
+from compression.recipe import BITS, BlockDrop, Compression, ExpertDrop, Prune, Quantize, Recipe
+
+
+class Warned(NamedTuple):
+    """One warning of a plan."""
+
+    code: str
+    message: str
+
+
+def warnings_of(request: Compression, resolved: Resolved, inventory: Inventory, *, needed: int) -> Iterator[Warned]:
+    """Yield every warning about a resolved request; ``needed``: bytes that working on one block takes."""
+    yield from _of_order(request, resolved)
+    yield from _of_trims(resolved, inventory)
+    yield from _of_absent_parts(resolved, inventory)
+    yield from _of_engines(request, resolved, inventory)
+    yield from _of_text(request, resolved, inventory)
+    if inventory.left_behind:
+        names = sorted(header.name for header in inventory.left_behind)
+        size = sum(header.bytes for header in inventory.left_behind)
+        yield Warned(
+            "mtp_dropped",
+            f"{len(names)} tensors of {size} bytes are no part of the model that stock loaders build (prediction of "
+            f"further tokens, rotary buffers) and are neither counted nor copied; the first is {names[0]}",
+        )
+    if needed > max(MEMORY_CLASSES.values()):
+        yield Warned(
+            "block_exceeds_memory_classes",
+            f"working on one block takes about {needed} bytes, more than the largest memory class",
+        )
+
+
+def solvers(resolved: Resolved) -> list[str]:
+    """Return the methods of the steps that solve for weights with Gram matrices."""
+    return [step.method for step in resolved.steps if isinstance(step, Prune | Quantize) and step.method in SOLVED]
+
+
+def _of_order(request: Compression, resolved: Resolved) -> Iterator[Warned]:
+    assert isinstance(request.recipe, Recipe)
+    if request.recipe.normal_order() != tuple(range(len(request.recipe.steps))):
+        order = ", ".join(step.step for step in resolved.steps)
+        yield Warned("steps_reordered", f"the steps are worked in normal form: {order}")
+
+
+def _of_trims(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
+    before, after = inventory.experts, resolved.cut.experts_kept
+    if before <= 16 and 2 * after < before:
+        yield Warned(
+            "deep_expert_drop",
+            f"{before - after} of {before} experts go; models with few experts collapse when more than half of them do",
+        )
+    for step in resolved.steps:
+        if isinstance(step, ExpertDrop) and step.criterion == "frequency" and before >= 64:
+            yield Warned(
+                "weak_criterion",
+                f"frequency ruins generation on models of many experts (here {before}); reap keeps far more",
+            )
+
+
+def _of_absent_parts(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
+    present = {part.component for block in inventory.blocks for part in block.parts}
+    for component, scheme in resolved.cut.schemes.items():
+        if component not in present:
+            yield Warned("nothing_to_quantize", f"{component} {scheme}: this model has none")
+    for component in sorted(resolved.cut.pruned - present):
+        yield Warned("nothing_to_prune", f"{component}: this model has none")
+
+
+def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
+    """Warn of what needs a loader of its own, of zeros that save nothing, and of bits that few engines read."""
+    if pattern := resolved.cut.pattern:
+        yield Warned(
+            "needs_loader",
+            f"pruned weights are stored packed, {pattern.n} of every {pattern.m}, which no stock engine reads: open the artifact "
+            "with open_model of the slimtrim_runtime.py that ships in it, which unpacks them while it loads",
+        )
+    elif resolved.cut.pruned:
+        yield Warned("zeros_save_nothing", f"zeros in dense tensors save no memory; {_why_dense(request, resolved, inventory)}")
+    if narrow := sorted({scheme for scheme in resolved.cut.schemes.values() if BITS[scheme] < 4}):
+        yield Warned(
+            "not_for_vllm",
+            f"{', '.join(narrow)}: stock transformers opens the artifact, and unpacks it; vLLM reads 4 and 8 bits only",
+        )
+
+
+def _why_dense(request: Compression, resolved: Resolved, inventory: Inventory) -> str:
+    """Say what keeps pruned weights from being stored packed."""
+    step = next(step for step in resolved.steps if isinstance(step, Prune))
+    model_type = inventory.architecture.model_type
+    if resolved.cut.schemes:
+        return "they live inside the integers here, which are as many as before"
+    if inventory.architecture.fused_on_disk:
+        return f"{model_type} saves all experts of a layer in one 3-D tensor, which is never stored packed"
+    if step.pattern is None:
+        return 'only those of a pattern such as "2:4" can be stored packed, by profile "custom"'
+    if request.profile == "portable":
+        return 'profile "custom" stores them packed, for its own loader'
+    return f"packed, {step.pattern} would take more bytes than it saves"
+
+
+def _of_text(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
+    text = request.calibration
+    calibrated = any(isinstance(step, Prune | Quantize) and step.calibrated for step in resolved.steps)
+    trimmed = any(isinstance(step, ExpertDrop | BlockDrop) for step in resolved.steps)
+    if text.source == "default" and (calibrated or trimmed):
+        yield Warned(
+            "default_calibration_text",
+            "the calibration text that ships with slimtrim is only for trying it out; name text like the model's own use",
+        )
+    tokens = text.samples * text.sequence_length * inventory.top_k // resolved.cut.experts_kept
+    wanted = 2 * max(shape[1] for shape in inventory.expert_matrices)
+    if tokens < wanted and (methods := solvers(resolved)):
+        yield Warned(
+            "few_tokens_per_expert",
+            f"an expert sees about {tokens} calibration tokens; {' and '.join(methods)} can be relied on from {wanted} "
+            "(twice the input width), so ask for more samples or longer ones",
+        )
