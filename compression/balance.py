@@ -51,7 +51,9 @@ def balance_down(
 
     ``rows``: where ``up_proj`` lies in ``up``. Every expert has scales of its own; one that saw too few tokens, none.
     """
-    assert treatment.grid is not None and isinstance(statistic, Gram) and up.quantized is not None
+    assert treatment.grid is not None
+    assert isinstance(statistic, Gram)
+    assert up.quantized is not None
     mean_square_EI = statistic.mean_square_EI
     exponents = best_exponents(losses(weight_EOI, statistic.value, mean_square_EI, treatment.grid))
     starved = (statistic.tokens_E < LEAST * weight_EOI.shape[2]).tolist()
@@ -110,7 +112,8 @@ class _Balancing:
         """Yield, for every stack that reads the norm, the loss at each exponent [A], summed over tokens."""
         for name, statistic in calibrated.items():
             treatment = self.treatment_of(self.architecture.component_of(f"{name}.weight"))
-            assert treatment is not None and treatment.grid is not None
+            assert treatment is not None
+            assert treatment.grid is not None
             weight_EOI = self.saved[f"{name}.weight"].to(mean_square_I.device)[None]
             yield _summed(weight_EOI, statistic, mean_square_I, treatment.grid)
         experts = self.treatment_of("experts")

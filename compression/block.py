@@ -117,6 +117,10 @@ class Shell:
             )
         return Recording(first[0], tuple(cast(list[Call], calls)))
 
+    def convert_(self, dtype: torch.dtype) -> None:
+        """Compute logits in another dtype from here on; no block can be visited afterwards."""
+        self.model.to(dtype)
+
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, hidden_BSD: Tensor) -> Tensor:
         """Return the stock model's logits [B, S, V] for the last block's output."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compression.recipe import BlockDrop, ExpertDrop, Prune
+from compression.recipe import BlockDrop, ExpertDrop, Prune, parse_pattern
 from compression.slimming import awq, gptq, magnitude, rtn, sparsegpt, wanda
 from compression.slimming.grid import AnyGrid, Quantized
 from compression.slimming.hessian import Gram, InputNorm, Statistic
@@ -96,8 +96,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 def pattern_of(step: Prune) -> Pattern:
     """Return the part of a prune step that the mathematics needs."""
     if step.pattern is not None:
-        n, m = step.pattern.split(":")
-        return NOfM(int(n), int(m))
+        return NOfM(*parse_pattern(step.pattern))
     assert step.sparsity is not None, "the step's class demands one of the two"
     return Unstructured(step.sparsity)
 

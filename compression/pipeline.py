@@ -19,22 +19,27 @@ import transformers
 from compression.architectures import Architecture, find_architecture
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
-from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import Writer, quantization_config, write_json
+from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
 from compression.evaluation.verification import verify
 from compression.memory import bound_kernel_caches
-from compression.methods import QUANTIZERS, choose_cuts
+from compression.methods import choose_cuts
 from compression.plan import Plan, make_plan
+from compression.planner.sizes import packed_pattern
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import AnyStep, BlockDrop, Compression, ExpertDrop, Quantize, Recipe
+from compression.recipe import AnyStep, BlockDrop, Compression, ExpertDrop, Prune, Quantize, Recipe
 from compression.report import BlockRow, LedgerRow, Quality, Report, Verification, model_card, worst_first
+from compression.slim import Slimming
 from compression.study import Observer, Study
-from compression.sweep import Stream, sweep
+from compression.sweep import Stream, sweep, working_dtype
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
+
+_WITNESS_TOKENS = 512
+"""Tokens that the artifact must compute, opened again, as it did when it was made."""
 
 
 def compress(
@@ -96,9 +101,14 @@ class Run:
         self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": self.plan.steps}).steps
         self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
         self.trims = tuple(step for step in self.steps if isinstance(step, ExpertDrop | BlockDrop))
+        self.slimming = Slimming(
+            next((step for step in self.steps if isinstance(step, Prune)), None),
+            self.quantize,
+            packed_pattern(self.steps, self.request.profile, self.architecture),
+        )
         settings = self.request.calibration
         folder = self.reader.folder
-        needed = bool(self.trims) or (self.quantize is not None and QUANTIZERS[self.quantize.method].needs_gram)
+        needed = bool(self.trims) or self.slimming.needs != "nothing"
         self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
         length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
         self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
@@ -123,7 +133,8 @@ class Run:
             norms = any(isinstance(step, ExpertDrop) and step.criterion == "reap" for step in self.trims)
             observer = Observer(self.architecture, self.calibration.domain_N, output_norms=norms)
             shell = Shell(config, self.reader.outside(), self.device)
-            sweep(shell, self.reader, Stream(shell, self.calibration.ids_NS), observer, self.progress.block)
+            stream = Stream(shell, self.calibration.ids_NS, dtype=working_dtype(self.device, shell.dtype))
+            sweep(shell, self.reader, stream, observer, self.progress.block)
             self.study = observer.study
         candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
         groups = int(config.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
@@ -136,17 +147,30 @@ class Run:
         config = dict(trimmed_config)
         if self.quantize is not None:
             config["quantization_config"] = quantization_config(self.architecture, self.quantize)
+        if self.slimming.packed is not None:
+            config |= sparse_config(self.slimming.packed)
         writer = Writer(self.out, config)
-        outside = writer.outside(self.reader.outside())
-        trimmed = Shell(trimmed_config, outside, self.device)
-        artifact = trimmed if self.quantize is None else Shell(config, outside, self.device)
-        ids_NS = self.evaluation.ids_NS[:1] if self.calibration is None else self.calibration.ids_NS
-        stream = Stream(artifact, ids_NS)
-        compressor = Compressor(self.architecture, self.cuts, self.quantize, trimmed, artifact, writer)
-        self.ledger: list[LedgerRow] = compressor.run(self.reader, stream, self.progress.block)
-        self.ids_BS, self.logits_BSV = stream.ids[0], next(stream.logits(artifact))
-        writer.finish(self.reader.folder)
+        try:
+            self._write_blocks(writer, trimmed_config, config)
+            writer.finish(self.reader.folder)
+        finally:
+            writer.close()
         self.bytes_after = writer.bytes
+
+    def _write_blocks(self, writer: Writer, trimmed_config: dict[str, Any], config: dict[str, Any]) -> None:
+        outside = self.reader.outside()
+        refuse_non_finite(outside)
+        writer.outside(outside)
+        trimmed = Shell(trimmed_config, outside, self.device)
+        artifact = trimmed if config == trimmed_config else Shell(config, outside, self.device)
+        calibration = None
+        if self.calibration is not None and self.slimming.needs != "nothing":
+            calibration = Stream(artifact, self.calibration.ids_NS, dtype=working_dtype(self.device, artifact.dtype))
+        witness_NS = (self.calibration or self.evaluation).ids_NS[:1, :_WITNESS_TOKENS]
+        witness = Stream(artifact, witness_NS)
+        compressor = Compressor(self.architecture, self.cuts, self.slimming, trimmed, artifact, writer, calibration, witness)
+        self.ledger: list[LedgerRow] = compressor.run(self.reader, self.progress.block)
+        self.ids_BS, self.logits_BSV = witness.ids[0], next(witness.logits(artifact))
 
     def evaluate(self) -> None:
         """Measure original and artifact on held-out text."""

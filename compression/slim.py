@@ -19,7 +19,7 @@ from compression.collect import Collected, RoutedTokens, collect, experts_at_onc
 from compression.ledger import entries
 from compression.methods import NEEDS, PRUNERS, QUANTIZERS, STATISTICS, Needs, pattern_of
 from compression.moe import moe_layer
-from compression.recipe import BITS, Prune, Quantize
+from compression.recipe import BITS, Pattern, Prune, Quantize
 from compression.report import LedgerRow
 from compression.slimming.grid import AnyGrid, FloatGrid, Grid
 from compression.stacks import Slimmed, Treatment, slim_stack, store_
@@ -32,8 +32,13 @@ class Slimming:
 
     prune: Prune | None
     quantize: Quantize | None
-    packed: tuple[int, int] | None = None
-    """n and m where pruned weights are stored without their zeros."""
+    packed: Pattern | None = None
+    """The pattern in which pruned weights are stored without their zeros; None where they are stored with them."""
+
+    @property
+    def steps(self) -> tuple[Prune | Quantize, ...]:
+        """The steps there are, in the order in which they work."""
+        return tuple(step for step in (self.prune, self.quantize) if step is not None)
 
     @property
     def needs(self) -> Needs:
@@ -46,12 +51,12 @@ class Slimming:
     @property
     def propagate_error(self) -> bool:
         """Whether a block is calibrated on the outputs of the blocks slimmed before it; the steps agree."""
-        return all(step.propagate_error for step in (self.prune, self.quantize) if step is not None)
+        return all(step.propagate_error for step in self.steps)
 
     @property
     def routing_weighted(self) -> bool:
         """Whether a token counts by its routing weight; the steps agree."""
-        return any(step.routing_weighted for step in (self.prune, self.quantize) if step is not None)
+        return any(step.routing_weighted for step in self.steps)
 
     def treatment(self, component: Component) -> Treatment | None:
         """Return what is done to the matrices of a component; None if nothing is."""
@@ -79,16 +84,24 @@ def _grid(scheme: str, group_size: int) -> AnyGrid:
 
 
 def slim_(
-    saved: dict[str, Tensor], block: nn.Module, slimming: Slimming, *, stream: Stream, architecture: Architecture, index: int
+    saved: dict[str, Tensor],
+    block: nn.Module,
+    slimming: Slimming,
+    *,
+    stream: Stream | None,
+    architecture: Architecture,
+    index: int,
 ) -> list[LedgerRow]:
     """Replace the weights in ``saved`` by slimmer ones; the live block's experts are used up. Returns the ledger.
 
-    Where errors do not propagate, the stream has moved behind the block as it came in; else it stays before it.
+    ``stream``: calibration tokens, None where no method needs any. Where errors do not propagate, it has moved behind the
+    block as it came in; else it stays before it.
     """
     work = _Work(saved, block, slimming, architecture, index)
     if slimming.needs == "nothing":
         collected = Collected({}, None)
     else:
+        assert stream is not None
         new, advance = STATISTICS[slimming.needs], not slimming.propagate_error
         collected = collect(index, block, stream, work.linears, new=new, architecture=architecture, advance=advance)
     if slimming.quantize is not None and slimming.quantize.method == "awq":
@@ -142,7 +155,8 @@ class _Work:
     def slim_experts_(self, experts: range, routed: RoutedTokens | None) -> list[LedgerRow]:
         """Slim a chunk of experts: gate and up, then down on what these feed it."""
         layer, treatment, weighted = self.layer, self.slimming.treatment("experts"), self.slimming.routing_weighted
-        assert layer is not None and treatment is not None
+        assert layer is not None
+        assert treatment is not None
         gate_up_EOI, down_EOI = layer.stack("gate_up_proj", experts), layer.stack("down_proj", experts)
         stored, device = self._stored_dtype(experts[0]), gate_up_EOI.device
         statistic = inner = None
@@ -150,23 +164,21 @@ class _Work:
             new = STATISTICS[self.slimming.needs]
             statistic = routed.input_statistic(experts, new, device, weighted=weighted)
             refuse_non_finite_inputs(statistic, f"{self.architecture.experts_prefix(self.index)} {_named(experts)}")
-        both = slim_stack(gate_up_EOI.to(stored), statistic, treatment)
+        both = slim_stack(gate_up_EOI.to(stored, copy=True), statistic, treatment)
         if self.slimming.propagate_error:
             # What enters down_proj then comes from the gate and up that will really be served.
             gate_up_EOI.copy_(both.became_EOI)
         if routed is not None:
             inner = routed.inner_statistic(experts, new, layer, device, weighted=weighted)
             refuse_non_finite_inputs(inner, f"the down_proj of {self.architecture.experts_prefix(self.index)} {_named(experts)}")
-        down_EOI = down_EOI.to(stored)
+        down_EOI = down_EOI.to(stored, copy=True)
         up = slice(both.became_EOI.shape[1] // 2, None)
         if treatment.quantize == "awq" and inner is not None:
             down_EOI = balance_down(down_EOI, inner, treatment, both, up)
         down = slim_stack(down_EOI, inner, treatment)
         return self._keep_experts_(experts, both, down, routed)
 
-    def _keep_experts_(
-        self, experts: range, both: Slimmed, down: Slimmed, routed: RoutedTokens | None
-    ) -> list[LedgerRow]:
+    def _keep_experts_(self, experts: range, both: Slimmed, down: Slimmed, routed: RoutedTokens | None) -> list[LedgerRow]:
         prefix = self.architecture.experts_prefix(self.index)
         half = both.became_EOI.shape[1] // 2
         gate, up, last = self.architecture.gate_up_down
@@ -179,7 +191,9 @@ class _Work:
         for matrix, part in parts.items():
             if self.architecture.fused_on_disk:
                 names = [f"{prefix}.{matrix}[{expert}]" for expert in experts]
-                whole = self.saved[f"{prefix}.{matrix}"] = self.saved[f"{prefix}.{matrix}"].clone()
+                whole = self.saved[f"{prefix}.{matrix}"]
+                if experts.start == 0:  # the reader's own tensor is not ours to change
+                    whole = self.saved[f"{prefix}.{matrix}"] = whole.clone()
                 whole[experts.start : experts.stop] = part.became_EOI.mT.cpu()  # these families store [inputs, outputs]
                 sizes = [whole[expert].nbytes for expert in experts]
             else:
@@ -197,4 +211,3 @@ class _Work:
 
 def _named(experts: range) -> str:
     return f"{experts.start} to {experts.stop - 1}"
-

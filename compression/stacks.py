@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint.packing import pack
-from compression.checkpoint.sparse import pack_sparse
+from compression.checkpoint.sparse import packed_tensors
 from compression.methods import PRUNERS, QUANTIZERS
+from compression.recipe import Pattern as PackedPattern
 from compression.slimming import magnitude, rtn
 from compression.slimming.grid import AnyGrid, FloatGrid, Quantized, dequantize
 from compression.slimming.hessian import Statistic
@@ -31,8 +32,8 @@ class Treatment:
     quantize: str | None
     scheme: str
     grid: AnyGrid | None
-    packed: tuple[int, int] | None
-    """n and m where the pruned weight is stored without its zeros."""
+    packed: PackedPattern | None
+    """The pattern in which the pruned weight is stored without its zeros; None where it is stored with them."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -60,9 +61,7 @@ class Slimmed:
         quantized = self.quantized
         if quantized is not None:
             quantized = Quantized(quantized.codes_EOI[:, part], quantized.scale_EOG[:, part])
-        return replace(
-            self, weight_EOI=self.weight_EOI[:, part], became_EOI=self.became_EOI[:, part], quantized=quantized
-        )
+        return replace(self, weight_EOI=self.weight_EOI[:, part], became_EOI=self.became_EOI[:, part], quantized=quantized)
 
 
 @torch.no_grad()
@@ -112,8 +111,7 @@ def _stored(slimmed: Slimmed, place: int) -> dict[str, Tensor]:
         weight_OI = slimmed.became_EOI[place]
         if packed is None:
             return {"weight": weight_OI}
-        compressed, bitmask = pack_sparse(weight_OI, *packed)
-        return {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor(weight_OI.shape, dtype=torch.int64)}
+        return packed_tensors("", weight_OI, packed)
     codes_OI, scale_OG = quantized.codes_EOI[place], quantized.scale_EOG[place]
     if isinstance(slimmed.treatment.grid, FloatGrid):
         return {"weight": codes_OI, "weight_scale": scale_OG}

@@ -3,6 +3,10 @@
 The one idea that carries the library: a model is never in memory as a whole. Peak memory is one block and one
 micro-batch on the device; activations wait on the host between blocks.
 
+A processor without 16-bit arithmetic multiplies bf16 matrices six to seven times slower than float32 ones. There, blocks are
+computed in float32 with the very weights that were saved: statistics and losses are those of the model, and lack only the
+rounding between operations. What must equal the stock model bit for bit is computed as it is stored.
+
 Shapes: N sequences, B sequences in a micro-batch, S tokens each, D width, V vocabulary.
 """
 
@@ -40,19 +44,30 @@ class Visitor(Protocol):
 class Stream:
     """Token sequences on their way through the blocks."""
 
-    def __init__(self, shell: Shell, ids_NS: Tensor, attention_mask_NS: Tensor | None = None) -> None:
-        """Embed the tokens and record what the stock model passes to each block."""
+    def __init__(
+        self, shell: Shell, ids_NS: Tensor, attention_mask_NS: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Embed the tokens and record what the stock model passes to each block.
+
+        ``dtype``: what blocks compute in; as the model is stored when it is not given. ``convert_`` brings a block there.
+        """
         rows = max(1, TOKENS_PER_MICRO_BATCH // ids_NS.shape[1])
         masks = [None] * ids_NS.shape[0] if attention_mask_NS is None else attention_mask_NS.split(rows)
         self.device = shell.device
+        self.dtype = dtype or shell.dtype
+        self._stored = shell.dtype
         self.ids: list[Tensor] = list(ids_NS.split(rows))
         self.hidden: list[Tensor] = []
         self._calls: list[tuple[Call, ...]] = []
         seen: list[Tensor] = []
         for ids_BS, mask_BS in zip(self.ids, masks, strict=False):
             recording = shell.record(ids_BS, mask_BS)
-            self.hidden.append(recording.hidden_BSD.cpu())
-            self._calls.append(tuple(_share(call, seen) for call in recording.calls))
+            self.hidden.append(recording.hidden_BSD.to(self.dtype).cpu())
+            self._calls.append(tuple(_share(call, seen, self._stored, self.dtype) for call in recording.calls))
+
+    def convert_(self, block: nn.Module) -> nn.Module:
+        """Bring a live block's weights into the dtype that the stream computes in, and return it."""
+        return block if self.dtype == self._stored else block.to(self.dtype)
 
     def push(self, index: int, block: nn.Module, observe: Observer | None = None) -> None:
         """Replace the activations by the block's outputs; NonFiniteWeights if one is NaN or infinite."""
@@ -74,9 +89,19 @@ class Stream:
             yield batch, output_BSD
 
     def logits(self, shell: Shell) -> Iterator[Tensor]:
-        """Yield the logits [B, S, V] of each micro-batch; call after the last block."""
+        """Yield the logits [B, S, V] of each micro-batch, in the stream's dtype; call after the last block."""
+        if self.dtype != self._stored:
+            shell.convert_(self.dtype)
         for ids_BS, hidden_BSD in zip(self.ids, self.hidden, strict=True):
             yield shell.logits(ids_BS, hidden_BSD)
+
+
+def working_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return what blocks are computed in where no bit depends on it: float32 on processors without 16-bit arithmetic."""
+    if device.type != "cpu" or stored == torch.float32:
+        return stored
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return stored if stored == torch.bfloat16 and has_bf16 else torch.float32
 
 
 class Push:
@@ -95,17 +120,17 @@ def sweep(shell: Shell, reader: Reader, stream: Stream, visitor: Visitor, on_blo
         refuse_non_finite(saved)
         with shell.live(index, saved) as block:
             del saved
-            visitor.visit(index, block, stream)
+            visitor.visit(index, stream.convert_(block), stream)
         del block  # or the next one is read while this one is still held
         give_back()
         on_block(index + 1, blocks, f"block {index + 1} of {blocks}")
 
 
-def _share(call: Call, seen: list[Tensor]) -> Call:
+def _share(call: Call, seen: list[Tensor], stored: torch.dtype, dtype: torch.dtype) -> Call:
     # Micro-batches of one shape get equal masks and rotary tables: keep one copy of each.
     def shared(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return _intern(value, seen)
+            return _intern(value.to(dtype) if value.dtype == stored else value, seen)
         if isinstance(value, tuple | list):
             return type(value)(shared(item) for item in value)
         if isinstance(value, dict):

@@ -1,21 +1,27 @@
 """Shards as blocks finish, then the index; config, tokenizer and everything else a stock loader opens.
 
 One shard per block: a finished block is a finished file, and verification can open any window of blocks from
-the shards that hold it.
+the shards that hold it. Files are written beside the computing, one at a time and each read back and compared with what was
+to be written; at most one waits, so that memory holds two blocks at the most.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.architectures import Architecture
+from compression.errors import DiskFull, VerificationFailed
 from compression.planner.sizes import FLOAT
 from compression.recipe import BITS, Pattern, Quantize
 from compression.runtime import slimtrim_runtime
@@ -38,19 +44,33 @@ class Writer:
         self._shards = int(config["num_hidden_layers"]) + 1
         self._needs_runtime = needs_runtime(config)
         self._weight_map: dict[str, str] = {}
+        self._hand = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._writing: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
 
-    def outside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write the tensors that belong to no block and return them as a loader reads them."""
-        return self._write(0, tensors)
+    def outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the tensors written that belong to no block; they must stay as they are."""
+        self._write(0, tensors)
 
-    def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write one block's shard and return its tensors as a loader reads them."""
-        return self._write(index + 1, tensors)
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Have one block's shard written; its tensors must stay as they are.
+
+        Raises what went wrong with the shard before: DiskFull where there was no room, VerificationFailed where the file
+        does not hold what it was given.
+        """
+        self._write(index + 1, tensors)
+
+    def close(self) -> None:
+        """Wait for the shard in hand, and let the writing thread end."""
+        try:
+            self._wait()
+        finally:
+            self._hand.shutdown()
 
     def finish(self, source: Path) -> None:
         """Write the index, and copy what is neither weights nor code from the source's folder; add the loader if needed."""
+        self.close()
         metadata = {"total_size": self.bytes}
         weight_map = dict(sorted(self._weight_map.items()))
         write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
@@ -61,12 +81,41 @@ class Writer:
         if self._needs_runtime:
             shutil.copyfile(RUNTIME, self.folder / RUNTIME.name)
 
-    def _write(self, shard: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+        self._wait()
         name = shard_name(shard, self._shards)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name, {"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, name)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        return load_file(self.folder / name)
+        self._writing = self._hand.submit(_write_shard, self.folder / name, dict(tensors))
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise _as_ours(error, path) from error
+    found = load_file(path)
+    for name, tensor in tensors.items():
+        # As bytes: a NaN would not equal itself, and 8-bit floats know no comparison.
+        if name not in found or not torch.equal(_bytes_of(found[name]), _bytes_of(tensor)):
+            raise VerificationFailed(
+                f"read back, {path.name} does not hold what was written for {name}; the disk is not to be trusted"
+            )
+
+
+def _as_ours(error: Exception, path: Path) -> Exception:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return DiskFull(f"there is no room for {path.name}; free some space and try again")
+    return error
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def shard_name(shard: int, shards: int) -> str:

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 from compression.block import Shell
 from compression.checkpoint.reader import Reader
 from compression.report import Quality
-from compression.sweep import OnBlock, Push, Stream, sweep
+from compression.sweep import OnBlock, Push, Stream, sweep, working_dtype
 
 _ROWS = 512
 """Positions whose distributions are held in float32 at a time: 0.6 GB for two of 152 064 words."""
@@ -57,7 +57,7 @@ class _Swept:
     def __init__(self, folder: Path, ids_NS: Tensor, device: torch.device, on_block: OnBlock) -> None:
         reader = Reader(folder)
         self._shell = Shell(reader.config, reader.outside(), device)
-        self.stream = Stream(self._shell, ids_NS)
+        self.stream = Stream(self._shell, ids_NS, dtype=working_dtype(device, self._shell.dtype))
         sweep(self._shell, reader, self.stream, Push(), on_block)
 
     def logits(self) -> Iterator[Tensor]:
