@@ -41,12 +41,10 @@ def open_model(folder: str | Path, **settings: Any) -> Any:
     """Return the model in ``folder`` as the stock class; ``settings`` are those of ``from_pretrained``."""
     folder = Path(folder)
     config = settings.pop("config", None) or AutoConfig.from_pretrained(folder)
-    if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it keeps the stock loader away from the files
-    tensors = _Files(folder)
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=with_weights(tensors), **settings
-    )
+    for key in ("slimtrim", "transformers_weights"):  # true of the files alone; the second keeps the stock loader away from them
+        vars(config).pop(key, None)
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    opened = stock.from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -99,6 +99,7 @@ def test_settings_of_from_pretrained_are_passed_on(artifact):
 def test_a_model_saved_again_is_an_ordinary_checkpoint(artifact, tmp_path):
     open_model(artifact).save_pretrained(tmp_path / "whole")
 
+    assert "slimtrim" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert torch.equal(logits(again), logits(open_model(artifact)))
 
