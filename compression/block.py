@@ -33,7 +33,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from compression.errors import BrokenCheckpoint
-from compression.runtime.slimtrim_runtime import with_weights
+from compression.runtime.slimtrim_runtime import CannotUnpack, with_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -152,8 +152,11 @@ class Shell:
             hf_quantizer=self._quantizer,
             device_map={"": self.device},
         )
-        with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved), config)
+        try:
+            with quiet():
+                info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved), config)
+        except CannotUnpack as error:
+            raise BrokenCheckpoint(str(error)) from error
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
             problems = [*info.conversion_errors.items(), *info.mismatched_keys, *sorted(info.unexpected_keys)]
             raise BrokenCheckpoint(f"the stock loader does not accept these tensors: {problems[:3]}")
