@@ -96,7 +96,7 @@ def make_plan(request: Compression, checkpoint: Checkpoint) -> Plan:
     return Plan(
         feasible=True,
         profile=request.profile,
-        bytes_before=inventory.bytes,
+        bytes_before=inventory.bytes_on_disk,
         bytes_after=bytes_after,
         smallest_possible_bytes=smallest,
         target_bytes=request.target_memory,
@@ -159,6 +159,12 @@ def _planned_blocks(inventory: Inventory, cut: Cut, sizes: tuple[int, ...]) -> t
 def _warnings(request: Compression, resolved: Resolved, inventory: Inventory, *, needed: int) -> Iterator[PlanWarning]:
     yield from _warn_of_steps(request, resolved, inventory)
     yield from _warn_of_text(request, resolved, inventory)
+    if inventory.stored_as is not None:
+        yield PlanWarning(
+            code="source_unpacked",
+            message=f"the source is quantized already ({inventory.stored_as}): its {inventory.bytes_on_disk} bytes on disk "
+            f"unpack to {inventory.bytes}, and what the recipe keeps is written unpacked",
+        )
     if inventory.left_behind:
         names = sorted(header.name for header in inventory.left_behind)
         size = sum(header.bytes for header in inventory.left_behind)
