@@ -79,7 +79,7 @@ def unpack_headers(architecture: Architecture, config: Mapping[str, Any], tensor
         case "fp8":
             dense, loading = _fp8(quantization, tensors, _CONFIG_DTYPES[dtype])
         case "mxfp4":
-            dense, loading = dict(_mxfp4(tensors, _CONFIG_DTYPES[dtype])), {}
+            dense, loading = dict(_mxfp4(architecture, tensors, _CONFIG_DTYPES[dtype])), {}
         case "compressed-tensors":
             dense, loading = _compressed(architecture, quantization, tensors, _CONFIG_DTYPES[dtype])
         case _:
@@ -95,16 +95,19 @@ def unpack_headers(architecture: Architecture, config: Mapping[str, Any], tensor
 def _checked_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     quantization: object = config.get("quantization_config")
     if not isinstance(quantization, dict):
-        _refuse("a compression_config alone" if not quantization else "a quantization_config that is no object")
+        _refuse("a compression_config without it" if not quantization else "a value that is no object")
     members = cast("dict[str, Any]", quantization)
     for key in ("load_in_4bit", "load_in_8bit", "modules_to_convert", "sparsity_config", "transform_config", "kv_cache_scheme"):
         if members.get(key):
-            _refuse(f"a quantization_config with {key}")
+            _refuse(f"a model with {key}")
     return members
 
 
 def _refuse(found: str) -> NoReturn:
-    raise QuantizedSource(f"config.json has {found}; read are {METHODS}. Start from one of those or from the original model")
+    raise QuantizedSource(
+        f"quantization_config in config.json: {found} is not read. Read are {METHODS}; "
+        "start from one of those, or from the original model"
+    )
 
 
 def _model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> str:
@@ -142,7 +145,7 @@ def _fp8(
     return dense, {"weight_block_size": [rows, columns]}
 
 
-def _mxfp4(tensors: Mapping[str, TensorHeader], dtype: str) -> Iterator[tuple[str, TensorHeader]]:
+def _mxfp4(architecture: Architecture, tensors: Mapping[str, TensorHeader], dtype: str) -> Iterator[tuple[str, TensorHeader]]:
     for name, header in tensors.items():
         if name.endswith("_scales"):
             _check_owner(tensors, name, f"{name.removesuffix('_scales')}_blocks", "U8")
@@ -150,6 +153,8 @@ def _mxfp4(tensors: Mapping[str, TensorHeader], dtype: str) -> Iterator[tuple[st
             if header.dtype != "U8" or len(header.shape) != 4 or header.shape[3] != _MXFP4_GROUP // 2:
                 raise BrokenCheckpoint(f"tensor {name!r} is {header.dtype} {list(header.shape)}, not U8 [E, R, G, 16]")
             target = name.removesuffix("_blocks")
+            if not architecture.fused_on_disk or architecture.component_of(target) != "experts":
+                raise QuantizedSource(f"tensor {name!r} is not one of fused experts; mxfp4 is read in those of gpt_oss")
             scales = _needed(tensors, f"{target}_scales")
             if scales.dtype != "U8" or scales.shape != header.shape[:3]:
                 raise BrokenCheckpoint(f"tensor {scales.name!r} is not U8 {list(header.shape[:3])}, one scale per group of 32")
@@ -179,6 +184,9 @@ def _compressed(
             dense[name] = _unquantized(header)
             continue
         module = name.rpartition(".")[0]
+        component = architecture.component_of(name)
+        if component in ("router", "other"):
+            raise QuantizedSource(f"tensor {name!r} is no linear layer's nor an expert's; compressed-tensors is read in those")
         is_expert = architecture.expert_of(name) is not None
         scheme, shape = _fitting(header, tensors, _candidates(schemes, is_expert=is_expert))
         if name != f"{module}.weight":
@@ -229,22 +237,23 @@ def _scheme(weights: Mapping[str, Any], layout: object, for_experts: bool) -> Sc
 
 
 def _candidates(schemes: tuple[Scheme, ...], *, is_expert: bool) -> tuple[Scheme, ...]:
-    """Return the schemes that the stock loader may take: it has one for all experts, and finds it by its targets."""
-    if is_expert:
-        return tuple(s for s in schemes if s.for_experts)[:1] or schemes[:1]
-    return tuple(s for s in schemes if not s.for_experts) or schemes
+    """Return the schemes that a tensor may have: the stock loader takes one for all experts, and finds it by its targets."""
+    return tuple(scheme for scheme in schemes if scheme.for_experts)[:1] or schemes[:1] if is_expert else schemes
 
 
 def _fitting(
     header: TensorHeader, tensors: Mapping[str, TensorHeader], schemes: tuple[Scheme, ...]
 ) -> tuple[Scheme, tuple[int, int]]:
     """Return the one scheme that explains a tensor's shapes, and the dense shape; BrokenCheckpoint if none does."""
-    fits = {scheme._replace(for_experts=False): shape for scheme in schemes if (shape := _shape_by(scheme, header, tensors))}
+    fits = {scheme: shape for scheme in schemes if (shape := _shape_by(scheme, header, tensors))}
     if not fits:
         raise BrokenCheckpoint(f"tensor {header.name!r} of shape {list(header.shape)} and its scale fit no scheme in config.json")
-    if len(fits) > 1:
+    if len(set(fits.values())) > 1:
+        # Rows of 4 bits look like rows of 8 and half the length; a scheme made for the experts is then the less likely.
+        fits = {scheme: shape for scheme, shape in fits.items() if not scheme.for_experts}
+    if len(set(fits.values())) != 1:
         raise QuantizedSource(
-            f"tensor {header.name!r} could be stored by {len(fits)} of the schemes in config.json; its shape does not say which"
+            f"tensor {header.name!r} could be stored by several of the schemes in config.json; its shape does not say which"
         )
     return next(iter(fits.items()))
 
