@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from unittest.mock import patch
 
+from compression.checkpoint.reader import Reader
 from compression.pipeline import Run
 from compression.progress import Silent
 from compression.recipe import Compression
-from compression.checkpoint.reader import Reader
 
 SIZES = (1, 2, 4, 8, 16, 64)
 LENGTH = 256

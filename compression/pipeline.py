@@ -19,14 +19,9 @@ import transformers
 from compression.architectures import Architecture, find_architecture
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
-<<<<<<< HEAD
 from compression.checkpoint.reader import Reader, refuse_non_finite
-from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
-=======
-from compression.checkpoint.reader import Reader
 from compression.checkpoint.source import open_source
-from compression.checkpoint.writer import Writer, quantization_config, write_json
->>>>>>> sources
+from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
