@@ -74,6 +74,7 @@ class Shell:
         self._quantizer = None
         if getattr(self._config, "quantization_config", None) is not None:
             self._quantizer = self._make_quantizer()
+            _share(self._quantizer)
         with torch.device("meta"), quiet():
             stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
             self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
@@ -153,6 +154,8 @@ class Shell:
     def _load(self, saved: Mapping[str, Tensor]) -> None:
         # The transforms keep state while they run, so every load gets its own copy.
         mapping: Any = deepcopy(get_model_conversion_mapping(self.model, None, self._quantizer))
+        for operation in (part for transform in mapping for part in getattr(transform, "operations", ())):
+            _share(operation)
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
@@ -230,6 +233,11 @@ def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype in which the stock loader runs a model whose config.json names one."""
     return _DTYPES[config.get("dtype") or config["torch_dtype"]]
+
+
+def _share(settings: object) -> None:
+    # The loader copies its conversions once for every tensor, to the bottom; what holds settings and no state can be shared.
+    settings.__dict__["__deepcopy__"] = lambda _: settings
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
