@@ -55,6 +55,7 @@ class Slimmed:
     used: tuple[tuple[str, ...], ...]
     """The methods really used, for each expert."""
     damping_E: Tensor
+    """The largest that one of the methods really used took; zero where none took any."""
 
     def outputs(self, part: slice) -> Slimmed:
         """Return the same for some of the outputs, as views."""
@@ -77,16 +78,18 @@ def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treat
     if treatment.prune is not None:
         assert treatment.pattern is not None
         pruner = PRUNERS[treatment.prune]
-        became_EOI, damping_E = pruner.run(weight_EOI, statistic, treatment.pattern)
-        plain_E = _plain(starved_E, damping_E, needed=pruner.needs != "nothing")
+        became_EOI, found_E = pruner.run(weight_EOI, statistic, treatment.pattern)
+        plain_E = _plain(starved_E, found_E, needed=pruner.needs != "nothing")
+        damping_E = torch.where(plain_E, 0.0, found_E)
         if plain_E.any():
             became_EOI[plain_E] = magnitude.prune(weight_EOI[plain_E], treatment.pattern)
         _note(used, plain_E, treatment.prune, pruner.fallback)
     if treatment.quantize is not None:
         assert treatment.grid is not None
         quantizer = QUANTIZERS[treatment.quantize]
-        quantized, damping_E = quantizer.run(became_EOI, statistic, treatment.grid)
-        plain_E = _plain(starved_E, damping_E, needed=quantizer.needs != "nothing")
+        quantized, found_E = quantizer.run(became_EOI, statistic, treatment.grid)
+        plain_E = _plain(starved_E, found_E, needed=quantizer.needs != "nothing")
+        damping_E = torch.maximum(damping_E, torch.where(plain_E, 0.0, found_E))
         if plain_E.any():
             rounded = rtn.round_to_nearest(became_EOI[plain_E], treatment.grid)
             _put_(quantized.codes_EOI, plain_E, rounded.codes_EOI)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compression.slimming import feedback, gptq
+from compression.slimming.awq import round_weighted
 from compression.slimming.damage import relative_error
-from compression.slimming.grid import Grid, Quantized, dequantize
+from compression.slimming.grid import Grid, Quantized, dequantize, quantize
 from compression.slimming.rtn import round_to_nearest
 
 SHAPES = [  # outputs, inputs, bits, group_size: multiples of the base block and of the panel, and neither
@@ -138,13 +139,17 @@ def test_with_an_identity_gram_matrix_it_is_round_to_nearest(
     assert torch.equal(quantized.scale_EOG, nearest.scale_EOG)
 
 
-def test_inputs_of_different_loudness_that_never_meet_are_rounded_to_nearest_too():
+def test_inputs_of_different_loudness_that_never_meet_are_rounded_to_nearest_on_scales_that_weigh_it():
     grid, weight_EOI = Grid(4, 32), weights(2, 8, 96)
     loudness_EI = torch.rand(2, 96, generator=torch.Generator().manual_seed(0)) + 0.1
 
     quantized, _ = gptq.quantize(weight_EOI, loudness_EI.diag_embed(), grid)
 
-    assert torch.equal(quantized.codes_EOI, round_to_nearest(weight_EOI, grid).codes_EOI)
+    damped_EI = loudness_EI + 0.01 * loudness_EI.mean(dim=1, keepdim=True)  # an error costs what is left of the damped square
+    rounded = round_weighted(weight_EOI, damped_EI, grid)
+    assert torch.equal(quantized.codes_EOI, rounded.codes_EOI)
+    assert torch.equal(quantized.scale_EOG, rounded.scale_EOG)
+    assert not torch.equal(quantized.scale_EOG, round_to_nearest(weight_EOI, grid).scale_EOG)
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bits", "group_size"), SHAPES)
@@ -223,7 +228,8 @@ def test_bad_gram_matrices_are_rounded_or_repaired_and_leave_their_neighbours_al
     nearest_EOI = round_to_nearest(weight_EOI, grid).codes_EOI
     assert damping_E.tolist() == [0.01, *[torch.inf] * 4, 0.01, 0.01, 0.01]
     assert torch.equal(quantized.codes_EOI[1:5], nearest_EOI[1:5])
-    assert torch.equal(quantized.codes_EOI[6, :, 40], nearest_EOI[6, :, 40])
+    nearest_on_found_EOI = quantize(weight_EOI, quantized.scale_EOG, grid)
+    assert torch.equal(quantized.codes_EOI[6, :, 40], nearest_on_found_EOI[6, :, 40])
     for e in (0, 5, 6, 7):
         assert not torch.equal(quantized.codes_EOI[e], nearest_EOI[e])
         alone_1OI = gptq.quantize(weight_EOI[e, None], gram_EII[e, None], grid)[0].codes_EOI

@@ -15,6 +15,7 @@ from compression.block import Shell
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import Writer
 from compression.compress import Compressor
+from compression.slim import Slimming
 from compression.sweep import Stream
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
@@ -37,12 +38,14 @@ def cut(source, out, architecture, *, blocks=None, experts=None):
     ids = tuple(range(8)) if experts is None else experts
     cuts = Cuts(kept, {b: ids for b in mixtures if b in kept})
     config = cut_config(reader.config, architecture, cuts, experts=None if experts is None else len(experts))
-    writer = Writer(out, config)
-    shell = Shell(config, writer.outside(reader.outside()))
-    stream = Stream(shell, IDS_NS)
-    Compressor(architecture, cuts, None, shell, shell, writer).run(reader, stream, lambda *_: None)
+    writer, outside = Writer(out, config), reader.outside()
+    writer.outside(outside)
+    shell = Shell(config, outside)
+    witness = Stream(shell, IDS_NS)
+    compressor = Compressor(architecture, cuts, Slimming(None, None), shell, shell, writer, calibration=None, witness=witness)
+    compressor.run(reader, lambda *_: None)
     writer.finish(source)
-    return next(stream.logits(shell))
+    return next(witness.logits(shell))
 
 
 @torch.no_grad()
