@@ -20,8 +20,8 @@ from compression.pipeline import Run
 from compression.progress import Silent
 from compression.recipe import Compression
 
-SIZES = (1, 2, 4, 8, 16, 64)
-LENGTH = 256
+SIZES = (1, 2, 4, 16, 64)
+LENGTH = 64
 WAYS = {"own": (0, 0), "topped up": (0, 2)}
 """Tokens per input below which an expert is rounded, and up to which it is topped up."""
 
@@ -60,7 +60,7 @@ def loss_rise(given: argparse.Namespace, method: str, samples: int, seed: int) -
                 "sequence_length": LENGTH,
                 "seed": seed,
             },
-            "evaluation": {"perplexity": {"source": (text / "heldout.txt").as_uri(), "samples": 48, "sequence_length": LENGTH}},
+            "evaluation": {"perplexity": {"source": (text / "heldout.txt").as_uri(), "samples": 32, "sequence_length": 256}},
         }
     )
     with tempfile.TemporaryDirectory() as out:
