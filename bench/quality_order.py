@@ -41,12 +41,15 @@ def settings() -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
 def main() -> None:
     """Measure, and print a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path, help="folder with calibration.txt and heldout.txt")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="headings to measure; all when it is not given")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.model is None or given.text is None:
+        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+        return
     bound_kernel_caches()
     found: dict[str, Any] = {}
     print(f"{SAMPLES} x {LENGTH} calibration tokens, {HELD_OUT} x {LENGTH} held-out tokens, groups of {GROUP}")

@@ -106,6 +106,10 @@ class InputNorm:
         """The same, by the name that both statistics have for it."""
         return self.value
 
+    def rescale_(self, factor_EI: Tensor) -> None:
+        """Turn the statistic into that of inputs divided by ``factor_EI``."""
+        self._sum_EI.div_(factor_EI.square())
+
 
 Statistic = Gram | InputNorm
 
