@@ -71,7 +71,7 @@ CODES: dict[str, Code] = {
     "not_loadable_in_profile": Code(422, "The artifact would not open in the profile's engines"),
     "impossible_step": Code(422, "A step asks for a model that cannot be"),
     "not_available": Code(422, "This is known but not built yet"),
-    "quantized_source": Code(422, "The model is already quantized"),
+    "quantized_source": Code(422, "The model is quantized in a way that is not read"),
     "idempotency_key_reused": Code(422, "The Idempotency-Key was used with another body"),
     "source_not_allowed": Code(422, "The source may not be read"),
     "rate_limited": Code(429, "Too many requests", retryable=True),

@@ -14,6 +14,7 @@ Shapes: B sequences, S tokens each, D width, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,14 +27,14 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers.auto import get_hf_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from compression.errors import BrokenCheckpoint
-from compression.runtime.slimtrim_runtime import with_weights
+from compression.runtime.slimtrim_runtime import CannotUnpack, with_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,14 +60,21 @@ class Shell:
 
     def __init__(self, config: Mapping[str, Any], outside: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Build the model of a config.json; ``outside`` holds the saved tensors that belong to no block."""
+        self._build(config, device)
+        self._load(outside)
+        self.model.tie_weights()
+        in_blocks = set(self.blocks.modules())
+        _revive_buffers(self.model, [m for m in self.model.modules() if m not in in_blocks], self.device)
+        self._refuse_holes((n, t) for n, t in _tensors(self.model) if ".layers." not in n)
+
+    def _build(self, config: Mapping[str, Any], device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.dtype = dtype_of(config)
         self._config = stock_config(config)
         self._quantizer = None
         if getattr(self._config, "quantization_config", None) is not None:
-            self._quantizer, self._config, _ = get_hf_quantizer(
-                self._config, None, {"": self.device}, True, {"framework": "pytorch", "from_auto": False}
-            )
+            self._quantizer = self._make_quantizer()
+            _share(self._quantizer)
         with torch.device("meta"), quiet():
             stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
             self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
@@ -75,13 +83,14 @@ class Shell:
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
                 )
                 # The stock hook unpacks the whole model at its first forward; here every block is unpacked alone.
-                self._quantizer.compressor.remove_decompression_hook(self.model)
+                if hasattr(self._quantizer, "compressor"):
+                    self._quantizer.compressor.remove_decompression_hook(self.model)
         self.blocks = cast(nn.ModuleList, self.model.get_decoder().layers)
-        self._load(outside)
-        self.model.tie_weights()
-        in_blocks = set(self.blocks.modules())
-        _revive_buffers(self.model, [m for m in self.model.modules() if m not in in_blocks], self.device)
-        self._refuse_holes((n, t) for n, t in _tensors(self.model) if ".layers." not in n)
+
+    def _make_quantizer(self) -> Any:
+        user_agent = {"framework": "pytorch", "from_auto": False}
+        quantizer, self._config, _ = get_hf_quantizer(self._config, None, {"": self.device}, True, user_agent)
+        return quantizer
 
     @contextmanager
     def live(self, index: int, saved: Mapping[str, Tensor]) -> Generator[nn.Module]:
@@ -145,6 +154,8 @@ class Shell:
     def _load(self, saved: Mapping[str, Tensor]) -> None:
         # The transforms keep state while they run, so every load gets its own copy.
         mapping: Any = deepcopy(get_model_conversion_mapping(self.model, None, self._quantizer))
+        for operation in (part for transform in mapping for part in getattr(transform, "operations", ())):
+            _share(operation)
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
@@ -152,8 +163,11 @@ class Shell:
             hf_quantizer=self._quantizer,
             device_map={"": self.device},
         )
-        with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved), config)
+        try:
+            with quiet():
+                info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved), config)
+        except CannotUnpack as error:
+            raise BrokenCheckpoint(str(error)) from error
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
             problems = [*info.conversion_errors.items(), *info.mismatched_keys, *sorted(info.unexpected_keys)]
             raise BrokenCheckpoint(f"the stock loader does not accept these tensors: {problems[:3]}")
@@ -164,6 +178,53 @@ class Shell:
             raise BrokenCheckpoint(f"the checkpoint has no tensor for {', '.join(sorted(holes)[:3])}")
 
 
+class Unpacker(Shell):
+    """Makes the quantized tensors of one block dense, through the stock quantizer hooks, under the stock's saved names."""
+
+    def __init__(self, config: Mapping[str, Any], loading: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """``config`` is the dense model's, ``loading`` the quantization_config that the stock hooks are given."""
+        self._build({**config, "quantization_config": dict(loading)}, device)
+        self._block_size = loading.get("weight_block_size")
+
+    def _make_quantizer(self) -> Any:
+        stored: dict[str, Any] = cast(Any, self._config).quantization_config
+        if stored["quant_method"] != "fp8":
+            return super()._make_quantizer()
+        # Without its look at the environment: that asks for accelerate, which kernels need and unpacking does not.
+        return AutoHfQuantizer.from_config(stored, pre_quantized=True)
+
+    @torch.no_grad()
+    def dense(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what these quantized tensors unpack to; whatever a matrix consists of must be among them."""
+        empty, self.model = self.model, deepcopy(self.model)
+        try:
+            self._load(self._even(packed))
+            for module in self.model.modules():
+                # Biases are never quantized, so they are not among what was loaded.
+                if is_module_quantized(module) and not any(t.is_meta for n, t in module.named_parameters() if n != "bias"):
+                    decompress_module(module)
+            vars(self.model).pop("_weight_conversions", None)  # reversed, those of the load would quantize again
+            loaded = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
+            return revert_weight_conversion(self.model, loaded)
+        finally:
+            self.model = empty
+
+    def _even(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # The stock hook takes a matrix's height over the scales' as the height of a block, which is wrong, or refused,
+        # where the last block is cut off. Repeated scales say the same on a grid that divides the matrix evenly.
+        if self._block_size is None:
+            return dict(packed)
+        even = dict(packed)
+        for name, scale in packed.items():
+            if name.endswith("_scale_inv"):
+                for dim, size in enumerate(self._block_size):
+                    length = packed[name.removesuffix("_scale_inv")].shape[dim]
+                    place = torch.arange(0, length, math.gcd(length, size)) // size
+                    scale = scale.index_select(dim, place)
+                even[name] = scale
+        return even
+
+
 def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return the stock config object for the contents of a config.json."""
     return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
@@ -172,6 +233,11 @@ def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype in which the stock loader runs a model whose config.json names one."""
     return _DTYPES[config.get("dtype") or config["torch_dtype"]]
+
+
+def _share(settings: object) -> None:
+    # The loader copies its conversions once for every tensor, to the bottom; what holds settings and no state can be shared.
+    settings.__dict__["__deepcopy__"] = lambda _: settings
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

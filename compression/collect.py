@@ -101,7 +101,8 @@ def collect(
 ) -> Collected:
     """Run a block once on the stream; return each linear's statistic and the routed tokens.
 
-    ``advance``: leave the stream behind the block as it stands, rather than before it.
+    ``advance``: leave the stream behind the block as it stands, rather than before it. If it stays before it, it remembers what
+    attention answered.
     Raises NonFiniteWeights naming the matrix whose inputs hold a NaN or an infinity.
     """
     layer = moe_layer(architecture, block)
@@ -118,6 +119,7 @@ def collect(
         if advance:
             stream.push(index, block)
         else:
+            stack.enter_context(stream.remembered(block.get_submodule("self_attn")))
             for _ in stream.peek(index, block):
                 pass
     for name, statistic in statistics.items():

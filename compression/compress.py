@@ -10,6 +10,7 @@ computed as the stock model computes it, and ends in the logits that the artifac
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,4 +70,9 @@ class Compressor:
         with self.artifact.live(index, saved) as block:
             self.witness.push(index, block)
             if self.calibration is not None and self.slimming.propagate_error and not is_last:
-                self.calibration.push(index, self.calibration.convert_(block))
+                self.calibration.convert_(block)
+                # Unless it was slimmed too, attention answers what it did when the block was calibrated.
+                with ExitStack() as stack:
+                    if self.slimming.treatment("attention") is None:
+                        stack.enter_context(self.calibration.repeated(block.get_submodule("self_attn")))
+                    self.calibration.push(index, block)

@@ -127,7 +127,7 @@ class RemoteCodeRequired(RequestError):
 
 
 class QuantizedSource(RequestError):
-    """The source's weights are already quantized."""
+    """The source's weights are quantized in a way that is not read."""
 
     code = "quantized_source"
 

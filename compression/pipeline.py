@@ -20,6 +20,7 @@ from compression.architectures import Architecture, find_architecture
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
 from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.source import open_source
 from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
@@ -51,7 +52,7 @@ def compress(
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()
-    run = Run(request, Reader(model), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
+    run = Run(request, open_source(model, _device()), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
     with run.stage("planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
@@ -78,7 +79,7 @@ class Run:
     out: Path
     listener: Listener
     host_memory: int
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=lambda: _device())
     seconds: dict[str, float] = field(default_factory=dict)
     study: Study | None = None
 
@@ -125,8 +126,8 @@ class Run:
         """Look at the untouched model once, and decide what goes."""
         config = self.reader.config
         everything = range(int(config["num_hidden_layers"]))
-        mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.checkpoint.tensors]
-        experts = {b: self.reader.checkpoint.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
+        mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.dense.tensors]
+        experts = {b: self.reader.dense.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
         whole = Cuts(tuple(everything), {b: tuple(range(experts[b])) for b in mixtures})
         if self.trims:
             assert self.calibration is not None
@@ -192,6 +193,8 @@ class Run:
             whole=self.plan.memory["transformers"] < self.host_memory // 3,
             on_block=self.progress.block,
         )
+        if self.plan.profile == "custom":
+            self.verification = self.verification.model_copy(update={"rules_of_vllm": "not followed"})
 
     def report(self) -> Report:
         """Put together what happened."""
@@ -247,6 +250,10 @@ class Run:
                 )
             )
         return tuple(rows)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _provenance(tokens: TokenSet) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def make_plan(request: Compression, checkpoint: Checkpoint) -> Plan:
     return Plan(
         feasible=True,
         profile=request.profile,
-        bytes_before=inventory.bytes,
+        bytes_before=inventory.bytes_on_disk,
         bytes_after=bytes_after,
         smallest_possible_bytes=smallest,
         target_bytes=request.target_memory,

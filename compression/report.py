@@ -103,7 +103,8 @@ class Verification(Record):
     tokens: int
     tensors_scanned: int
     """Tensors checked for non-finite values and, where they are scales, for zeros."""
-    rules_of_vllm: Literal["checked on the plan, engine not run"] = "checked on the plan, engine not run"
+    rules_of_vllm: Literal["checked on the plan, engine not run", "not followed"] = "checked on the plan, engine not run"
+    """``not followed``: the custom profile allows what vLLM does not read."""
 
 
 class Report(Record):
@@ -192,12 +193,15 @@ def model_card(report: Report) -> str:
     """Return the artifact's README.md: hub metadata, what was done, what was lost, how to open it."""
     steps = "\n".join(f"- `{step['step']}`: {_settings(step)}" for step in report.steps)
     name = report.model.rstrip("/").rsplit("/", 1)[-1] if "://" in report.model else report.model
-    base = f"base_model: {name}\nbase_model_relation: quantized\n" if name == report.model else ""
+    quantized = any(step["step"] == "quantize" for step in report.steps)
+    relation = "quantized" if quantized else "finetune"
+    base = f"base_model: {name}\nbase_model_relation: {relation}\n" if name == report.model else ""
+    tags = ["mixture-of-experts", "slimtrim", *(["compressed-tensors"] if quantized else [])]
     lost = "\n".join(f"- {line}" for line in report.lost)
     quality = report.quality
     return f"""---
 {base}library_name: transformers
-tags: [mixture-of-experts, slimtrim, compressed-tensors]
+tags: [{", ".join(tags)}]
 ---
 
 # {name}, made smaller by slimtrim
@@ -216,12 +220,25 @@ tags: [mixture-of-experts, slimtrim, compressed-tensors]
 
 {steps}
 
-Profile `{report.profile}`: opens in stock transformers with `AutoModelForCausalLM.from_pretrained`. Stock transformers
-unpacks quantized experts when it loads them and then needs about {report.memory["transformers"]} bytes; an engine that
-computes on packed weights needs {report.memory["packed_engine"]}. Opened again before publication with
-{report.verification.opened_with}: largest difference of a logit {report.verification.largest_logit_difference}.
-Every number is in `report.json`.
+{_how_to_open(report)} Opened again before publication with {report.verification.opened_with}: largest difference of a
+logit {report.verification.largest_logit_difference}. Every number is in `report.json`.
 """
+
+
+def _how_to_open(report: Report) -> str:
+    unpacked, packed = report.memory["transformers"], report.memory["packed_engine"]
+    if not report.verification.opened_with.startswith("transformers "):
+        return (
+            f"Profile `{report.profile}`: pruned weights are stored without their zeros, which no stock loader reads. Open it with "
+            "`from slimtrim_runtime import open_model; open_model(folder)`; the file lies in this folder and needs torch, "
+            f"transformers and safetensors. It unpacks while it loads and then needs about {unpacked} bytes."
+        )
+    limits = "; vLLM reads none but 8-bit and 4-bit weights" if report.profile == "custom" else ""
+    return (
+        f"Profile `{report.profile}`: opens in stock transformers with `AutoModelForCausalLM.from_pretrained`{limits}. Stock "
+        f"transformers unpacks quantized experts when it loads them and then needs about {unpacked} bytes; an engine that "
+        f"computes on packed weights needs {packed}."
+    )
 
 
 def _settings(step: dict[str, Any]) -> str:

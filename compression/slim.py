@@ -50,13 +50,13 @@ class Slimming:
 
     @property
     def propagate_error(self) -> bool:
-        """Whether a block is calibrated on the outputs of the blocks slimmed before it; the steps agree."""
-        return all(step.propagate_error for step in self.steps)
+        """Whether a block is calibrated on the outputs of the blocks slimmed before it; calibrated steps agree."""
+        return all(step.propagate_error for step in self.steps if step.calibrated)
 
     @property
     def routing_weighted(self) -> bool:
-        """Whether a token counts by its routing weight; the steps agree."""
-        return any(step.routing_weighted for step in self.steps)
+        """Whether a token counts by its routing weight; calibrated steps agree."""
+        return any(step.routing_weighted for step in self.steps if step.calibrated)
 
     def treatment(self, component: Component) -> Treatment | None:
         """Return what is done to the matrices of a component; None if nothing is."""

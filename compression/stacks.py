@@ -103,24 +103,22 @@ def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treat
 def store_(saved: dict[str, Tensor], name: str, slimmed: Slimmed, place: int) -> int:
     """Put one matrix of the stack in the place of ``{name}.weight``; return the bytes it takes."""
     saved.pop(f"{name}.weight", None)
-    stored = {f"{name}.{ending}": tensor.cpu() for ending, tensor in _stored(slimmed, place).items()}
+    stored = {key: tensor.cpu() for key, tensor in _stored(name, slimmed, place).items()}
     saved |= stored
     return sum(tensor.nbytes for tensor in stored.values())
 
 
-def _stored(slimmed: Slimmed, place: int) -> dict[str, Tensor]:
+def _stored(name: str, slimmed: Slimmed, place: int) -> dict[str, Tensor]:
     quantized, packed = slimmed.quantized, slimmed.treatment.packed
     if quantized is None:
         weight_OI = slimmed.became_EOI[place]
-        if packed is None:
-            return {"weight": weight_OI}
-        return packed_tensors("", weight_OI, packed)
-    codes_OI, scale_OG = quantized.codes_EOI[place], quantized.scale_EOG[place]
+        return {f"{name}.weight": weight_OI} if packed is None else packed_tensors(name, weight_OI, packed)
+    codes_OI, scale = quantized.codes_EOI[place], {f"{name}.weight_scale": quantized.scale_EOG[place]}
     if isinstance(slimmed.treatment.grid, FloatGrid):
-        return {"weight": codes_OI, "weight_scale": scale_OG}
+        return {f"{name}.weight": codes_OI, **scale}
     assert slimmed.treatment.grid is not None
     shape = torch.tensor(codes_OI.shape, dtype=torch.int64)
-    return {"weight_packed": pack(codes_OI, slimmed.treatment.grid.bits), "weight_scale": scale_OG, "weight_shape": shape}
+    return {f"{name}.weight_packed": pack(codes_OI, slimmed.treatment.grid.bits), **scale, f"{name}.weight_shape": shape}
 
 
 def _plain(starved_E: Tensor, damping_E: Tensor, *, needed: bool) -> Tensor:

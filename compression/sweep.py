@@ -13,6 +13,7 @@ Shapes: N sequences, B sequences in a micro-batch, S tokens each, D width, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ class Stream:
         self._stored = shell.dtype
         self.ids: list[Tensor] = list(ids_NS.split(rows))
         self.hidden: list[Tensor] = []
+        self._answers: list[Any] | None = None
         self._calls: list[tuple[Call, ...]] = []
         seen: list[Tensor] = []
         for ids_BS, mask_BS in zip(self.ids, masks, strict=False):
@@ -87,6 +89,29 @@ class Stream:
             if observe is not None:
                 observe(batch, input_BSD, output_BSD)
             yield batch, output_BSD
+
+    @contextmanager
+    def remembered(self, module: nn.Module) -> Generator[None]:
+        """Keep what a module answers to each micro-batch, for ``repeated``; on the host alone, where it need not be moved."""
+        self._answers = [] if self.device.type == "cpu" else None
+        answers = self._answers
+        hook = module.register_forward_hook(lambda _m, _a, output: answers.append(output) if answers is not None else None)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def repeated(self, module: nn.Module) -> Generator[None]:
+        """Let a module that has not changed answer what it answered before, if that was remembered; forget it then."""
+        answers, self._answers = self._answers, None
+        if answers is not None:
+            remaining = iter(answers)
+            module.forward = lambda *_, **__: next(remaining)
+        try:
+            yield
+        finally:
+            module.__dict__.pop("forward", None)
 
     def logits(self, shell: Shell) -> Iterator[Tensor]:
         """Yield the logits [B, S, V] of each micro-batch, in the stream's dtype; call after the last block."""

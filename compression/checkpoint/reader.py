@@ -43,6 +43,8 @@ class Reader:
     def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.folder = folder
         self.checkpoint = checkpoint if checkpoint is not None else read_checkpoint(FolderFiles(folder))
+        self.dense = self.checkpoint
+        """The headers of what is handed out: the checkpoint's own, unless a reader unpacks it."""
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
         count = int(self.checkpoint.config["num_hidden_layers"])
         for header in self.checkpoint.tensors.values():

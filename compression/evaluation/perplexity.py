@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compression.block import Shell
 from compression.checkpoint.reader import Reader
+from compression.checkpoint.source import open_source
 from compression.report import Quality
 from compression.sweep import OnBlock, Push, Stream, sweep, working_dtype
 
@@ -26,8 +27,12 @@ _ROWS = 512
 
 def measure(original: Path, artifact: Path, ids_NS: Tensor, *, device: torch.device, on_block: OnBlock) -> Quality:
     """Return what the artifact lost against the original on the token sequences [N, S]."""
-    before = _Swept(original, ids_NS, device, lambda done, blocks, text: on_block(done, 2 * blocks, f"original: {text}"))
-    after = _Swept(artifact, ids_NS, device, lambda done, blocks, text: on_block(blocks + done, 2 * blocks, f"artifact: {text}"))
+    before = _Swept(
+        open_source(original, device), ids_NS, device, lambda done, blocks, text: on_block(done, 2 * blocks, f"original: {text}")
+    )
+    after = _Swept(
+        Reader(artifact), ids_NS, device, lambda done, blocks, text: on_block(blocks + done, 2 * blocks, f"artifact: {text}")
+    )
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     for ids_BS, before_BSV, after_BSV in zip(before.stream.ids, before.logits(), after.logits(), strict=True):
@@ -54,8 +59,7 @@ def compare(ids_S: Tensor, before_SV: Tensor, after_SV: Tensor) -> Tensor:
 
 
 class _Swept:
-    def __init__(self, folder: Path, ids_NS: Tensor, device: torch.device, on_block: OnBlock) -> None:
-        reader = Reader(folder)
+    def __init__(self, reader: Reader, ids_NS: Tensor, device: torch.device, on_block: OnBlock) -> None:
         self._shell = Shell(reader.config, reader.outside(), device)
         self.stream = Stream(self._shell, ids_NS, dtype=working_dtype(device, self._shell.dtype))
         sweep(self._shell, reader, self.stream, Push(), on_block)

@@ -29,7 +29,7 @@ from compression.checkpoint.writer import RUNTIME, needs_runtime, write_json
 from compression.errors import VerificationFailed
 from compression.memory import give_back
 from compression.report import Verification
-from compression.runtime.slimtrim_runtime import open_model
+from compression.runtime.slimtrim_runtime import CannotUnpack, open_model
 from compression.sweep import OnBlock
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
@@ -130,8 +130,11 @@ def _whole(artifact: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
 def _open(folder: Path, device: torch.device, window: range) -> Any:
     renamed = {rf"model\.layers\.{block}\.": f"model.layers.{place}." for place, block in enumerate(window)}
     from_pretrained: Any = open_model if needs_runtime(_config(folder)) else AutoModelForCausalLM.from_pretrained
-    with quiet():
-        model, info = from_pretrained(folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True)
+    try:
+        with quiet():
+            model, info = from_pretrained(folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True)
+    except CannotUnpack as error:
+        raise VerificationFailed(f"{error}; the artifact is not published") from error
     # The tensors of a tied head are never in the files; everything else must be.
     if problems := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]), *sorted(info["mismatched_keys"])]:
         raise VerificationFailed(f"the loader misses or does not know {', '.join(map(str, problems[:3]))}")

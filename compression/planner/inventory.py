@@ -25,6 +25,7 @@ from compression.architectures import (
 )
 from compression.checkpoint.headers import Checkpoint, TensorHeader
 from compression.errors import BrokenCheckpoint, NotAMoE, QuantizedSource
+from compression.planner.unpacked import QUANTIZATION_KEYS, Unpacked, is_quantized, unpack_headers
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MAX_EXPERTS = 2**16
@@ -63,7 +64,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A whole and unquantized mixture of a known family."""
+    """A whole mixture of a known family; where the source is quantized, the dense model that it stands for."""
 
     architecture: Architecture
     config: Mapping[str, Any]
@@ -74,10 +75,14 @@ class Inventory:
     top_k: int
     groups: int
     groups_used: int
+    bytes_on_disk: int
+    """The bytes that the model's tensors take in the source, without what is left behind."""
+    stored_as: str | None = None
+    """How the source is quantized; None for one that is not."""
 
     @cached_property
     def bytes(self) -> int:
-        """The bytes of the model's tensors, without what is left behind."""
+        """The bytes of the model's dense tensors, without what is left behind."""
         inside = sum(part.header.bytes for block in self.blocks for part in block.parts)
         return inside + sum(part.header.bytes for part in self.outside)
 
@@ -103,10 +108,10 @@ class Inventory:
 
 
 def take_inventory(checkpoint: Checkpoint) -> Inventory:
-    """Return what the checkpoint holds, or refuse it: unknown family, no experts, quantized, incomplete, contradictory."""
+    """Return what the checkpoint holds, or refuse it: unknown family, no experts, quantized in ways unknown, broken."""
+    source, (checkpoint, unpacked) = checkpoint, dense_checkpoint(checkpoint)
     config = checkpoint.config
     architecture = find_architecture(config)
-    _refuse_quantized_config(config)
     experts = _agreed_expert_count(architecture, config)
     top_k = config_count(config, "num_experts_per_tok")
     if top_k > experts:
@@ -124,7 +129,27 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
         raise NotAMoE("no block of this model has a router, so there are no experts to compress")
     _check_same_names(blocks)
     _check_outside(config, outside)
-    return Inventory(architecture, config, blocks, tuple(outside), tuple(left_behind), experts, top_k, groups, used)
+    on_disk = sum(header.bytes for header in source.tensors.values()) - sum(header.bytes for header in left_behind)
+    stored_as = None if unpacked is None else unpacked.stored_as
+    return Inventory(
+        architecture, config, blocks, tuple(outside), tuple(left_behind), experts, top_k, groups, used, on_disk, stored_as
+    )
+
+
+def dense_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, Unpacked | None]:
+    """Return the unquantized checkpoint that this one stands for, and how it is unpacked; None where it need not be.
+
+    What is left behind is passed on as it is: no stock class reads it, so it may be stored in any way.
+    """
+    architecture = find_architecture(checkpoint.config)
+    config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
+    if not is_quantized(checkpoint.config):
+        return Checkpoint(config, checkpoint.tensors), None
+    blocks = config_count(config, "num_hidden_layers")
+    left_behind = {name: header for name, header in checkpoint.tensors.items() if is_left_behind(name, blocks)}
+    model = {name: header for name, header in checkpoint.tensors.items() if name not in left_behind}
+    unpacked = unpack_headers(architecture, checkpoint.config, model)
+    return Checkpoint({**config, "dtype": unpacked.dtype}, unpacked.tensors | left_behind), unpacked
 
 
 def is_left_behind(name: str, blocks: int) -> bool:
@@ -152,12 +177,6 @@ def _agreed_expert_count(architecture: Architecture, config: Mapping[str, Any]) 
         if config.get(key) not in (None, experts):
             raise BrokenCheckpoint(f"config.json declares {experts} experts, but {key} is {str(config[key])[:40]!r}")
     return experts
-
-
-def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise QuantizedSource(f"config.json has a {key}: the weights are quantized already; start from the original model")
 
 
 def _refuse_quantized_tensors(parts: Iterable[Part]) -> None:

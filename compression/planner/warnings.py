@@ -28,6 +28,12 @@ def warnings_of(request: Compression, resolved: Resolved, inventory: Inventory, 
     yield from _of_absent_parts(resolved, inventory)
     yield from _of_engines(request, resolved, inventory)
     yield from _of_text(request, resolved, inventory)
+    if inventory.stored_as is not None:
+        yield Warned(
+            "source_unpacked",
+            f"the source is quantized already ({inventory.stored_as}): its {inventory.bytes_on_disk} bytes on disk "
+            f"unpack to {inventory.bytes}, and what the recipe keeps is written unpacked",
+        )
     if inventory.left_behind:
         names = sorted(header.name for header in inventory.left_behind)
         size = sum(header.bytes for header in inventory.left_behind)

@@ -33,16 +33,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 SUFFIXES = (".compressed", ".bitmask", ".shape")
 
 
+class CannotUnpack(ValueError):
+    """A packed weight contradicts itself: the files are damaged."""
+
+
 def open_model(folder: str | Path, **settings: Any) -> Any:
     """Return the model in ``folder`` as the stock class; ``settings`` are those of ``from_pretrained``."""
     folder = Path(folder)
     config = settings.pop("config", None) or AutoConfig.from_pretrained(folder)
-    if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it keeps the stock loader away from the files
-    tensors = _Files(folder)
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=with_weights(tensors), **settings
-    )
+    for key in ("slimtrim", "transformers_weights"):  # true of the files alone; the second keeps the stock loader away from them
+        vars(config).pop(key, None)
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    opened = stock.from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -62,12 +64,12 @@ def with_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack_sparse(compressed_OK: Tensor, bitmask_OM: Tensor, shape: Tensor) -> Tensor:
-    """Return the weight [..., O, I]; ValueError where the mask does not mark as many inputs as there are values."""
+    """Return the weight [..., O, I]; CannotUnpack where the mask does not mark as many inputs as there are values."""
     outputs, inputs = (int(size) for size in shape)
     bits = torch.arange(8, dtype=torch.uint8, device=bitmask_OM.device)
     mask_OI = (bitmask_OM.unsqueeze(-1) >> bits).bitwise_and_(1).flatten(-2)[..., :inputs].bool()
     if mask_OI.shape[-2:] != (outputs, inputs) or not (mask_OI.sum(-1) == compressed_OK.shape[-1]).all():
-        raise ValueError(f"the mask {list(bitmask_OM.shape)} of a packed weight {[outputs, inputs]} does not fit its values")
+        raise CannotUnpack(f"the mask {list(bitmask_OM.shape)} of a packed weight {[outputs, inputs]} does not fit its values")
     weight_OI = compressed_OK.new_zeros(mask_OI.shape)
     return weight_OI.masked_scatter_(mask_OI, compressed_OK)
 
@@ -83,8 +85,8 @@ class _Packed:
         compressed_OK, bitmask_OM, shape = (self._saved[f"{self._stem}{suffix}"][...] for suffix in SUFFIXES)
         try:
             return unpack_sparse(compressed_OK, bitmask_OM, shape)[index]
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{self._stem}.weight cannot be unpacked: {error}") from error
+        except CannotUnpack as error:
+            raise CannotUnpack(f"{self._stem}.weight cannot be unpacked: {error}") from error
 
 
 class _Files(Mapping[str, Any]):

@@ -93,7 +93,7 @@ class InputNorm:
     @torch.no_grad()
     def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
         """Show tokens to one expert, each counted ``weight_S`` times where given."""
-        self._sum_EI[expert] += _weighed(rows_SI.float(), weight_S).square_().sum(dim=0, dtype=torch.float64)
+        self._sum_EI[expert] += _weighed(rows_SI.float(), weight_S).square().sum(dim=0, dtype=torch.float64)
         self.tokens_E[expert] += rows_SI.shape[0]
 
     @property
@@ -111,8 +111,7 @@ Statistic = Gram | InputNorm
 
 
 def _weighed(x_SI: Tensor, weight_S: Tensor | None) -> Tensor:
-    # Always a tensor of its own, which the caller may change.
-    return x_SI * (1.0 if weight_S is None else weight_S.to(x_SI).sqrt()[:, None])
+    return x_SI if weight_S is None else x_SI * weight_S.to(x_SI).sqrt()[:, None]
 
 
 @torch.no_grad()

@@ -18,5 +18,5 @@ def prune(weight_EOI: Tensor, pattern: Pattern) -> Tensor:
     """Return the stack with its smallest weights at zero; unstructured, the weights of a whole matrix are compared."""
     score_EOI = weight_EOI.float().abs()
     if isinstance(pattern, NOfM):
-        return weight_EOI * keep_largest(score_EOI, pattern)
-    return weight_EOI * keep_largest(score_EOI.flatten(1), pattern).view(weight_EOI.shape)
+        return weight_EOI.where(keep_largest(score_EOI, pattern), 0)
+    return weight_EOI.where(keep_largest(score_EOI.flatten(1), pattern).view(weight_EOI.shape), 0)

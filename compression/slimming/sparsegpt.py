@@ -57,7 +57,7 @@ class _Dropping:
         if index % self._decided == 0:
             self._decide(index, min(index + self._decided, self._pruned_EIO.shape[1]))
         # As it will be stored: the rounding of a repaired weight is repaired too.
-        self._pruned_EIO[:, index] = target_EO * self._kept_EBO[:, index % self._decided]
+        self._pruned_EIO[:, index] = target_EO.where(self._kept_EBO[:, index % self._decided], 0)
         return self._pruned_EIO[:, index]
 
     def _decide(self, start: int, stop: int) -> None:

@@ -24,4 +24,4 @@ def prune(weight_EOI: Tensor, mean_square_EI: Tensor, pattern: Pattern) -> Tenso
     """
     seen_E1 = (mean_square_EI.sum(dim=1, keepdim=True) > 0).expand_as(mean_square_EI)
     loudness_EI = torch.where(seen_E1, mean_square_EI.float(), 1.0).sqrt()
-    return weight_EOI * keep_largest(weight_EOI.float().abs() * loudness_EI[:, None], pattern)
+    return weight_EOI.where(keep_largest(weight_EOI.float().abs() * loudness_EI[:, None], pattern), 0)

@@ -177,7 +177,7 @@ def test_tied_embeddings_need_no_head():
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_a_config_that_speaks_of_quantization_is_refused(key: str):
+def test_a_config_that_speaks_of_quantization_without_saying_enough_is_refused(key: str):
     config, tensors = mixtral()
 
     with pytest.raises(QuantizedSource, match=key):
