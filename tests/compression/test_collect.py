@@ -110,6 +110,51 @@ def test_every_matrix_gets_the_statistic_that_is_asked_for(tiny_model_factory, n
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_mean_squares_are_the_diagonals_of_the_gram_matrices(tiny_model_factory, model_type, weighted):
+    shell, saved, stream, index = first_mixture(tiny_model_factory(model_type), model_type)
+    found = []
+    with shell.live(index, saved) as block:
+        layer, linears = moe_layer(ARCHITECTURES[model_type], block), {"o": block.self_attn.o_proj}
+        for new in (InputNorm, Gram):
+            got = collect(index, block, stream, linears, new=new, architecture=ARCHITECTURES[model_type], advance=False)
+            outer = got.routed.input_statistic(range(8), new, CPU, weighted=weighted)
+            inner = got.routed.inner_statistic(range(8), new, layer, CPU, weighted=weighted)
+            found.append((got.linears["o"], outer, inner))
+
+    for norm, gram in zip(*found, strict=True):
+        assert torch.equal(norm.tokens_E, gram.tokens_E)
+        # One sums in float64, the other in float32, 96 terms at the most: 96 * 2^-24.
+        torch.testing.assert_close(norm.value.float(), gram.value.diagonal(dim1=1, dim2=2), rtol=6e-6, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_with_routing_weights_a_token_counts_as_much_as_its_experts_output(tiny_model_factory, monkeypatch, model_type):
+    monkeypatch.setattr("compression.collect.ENOUGH", 0)
+    architecture = ARCHITECTURES[model_type]
+    shell, saved, stream, index = first_mixture(tiny_model_factory(model_type), model_type)
+    with shell.live(index, saved) as block:
+        layer = moe_layer(architecture, block)
+        _, (x_TD, ids_TK, weights_TK) = reference_inputs(block, stream, index)
+
+        routed = collect(index, block, stream, {}, new=Gram, architecture=architecture, advance=False).routed
+        outer = routed.input_statistic(range(8), Gram, CPU, weighted=True)
+        inner = routed.inner_statistic(range(8), Gram, layer, CPU, weighted=True)
+
+        for expert in range(8):
+            chosen_T = (ids_TK == expert).any(1)
+            weight_S1 = weights_TK[ids_TK == expert].double()[:, None]
+            inside_SF = layer.gated(expert, x_TD[chosen_T]).double()
+            for statistic, rows_SI in ((outer, x_TD[chosen_T].double()), (inner, inside_SF)):
+                expected_II = rows_SI.mT @ (rows_SI * weight_S1) / max(len(rows_SI), 1)
+                # float32 products and sums against float64: entry ij to within 96 * 2^-24 of the root of ii and jj.
+                allowed = 6e-6 * expected_II.diagonal().amax().clamp(min=1e-9).item()
+                torch.testing.assert_close(statistic.value[expert].double(), expected_II, rtol=1e-5, atol=allowed)
+
+
+@torch.no_grad()
 def test_matrices_that_are_fed_one_tensor_share_one_statistic(tiny_model_factory):
     shell, saved, stream, index = first_mixture(tiny_model_factory("mixtral"), "mixtral")
 
@@ -241,8 +286,9 @@ def test_an_infinite_activation_is_refused_by_the_name_of_the_matrix_it_enters(t
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("new", [Gram, InputNorm])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e25])
-def test_what_is_not_finite_or_too_large_to_square_is_refused_by_name(tiny_model_factory, poison):
+def test_what_is_not_finite_or_too_large_to_square_is_refused_by_name(tiny_model_factory, poison, new):
     shell, saved, stream, index = first_mixture(tiny_model_factory("mixtral"), "mixtral")
     saved["model.layers.0.self_attn.v_proj.weight"] = saved["model.layers.0.self_attn.v_proj.weight"].clone()
     saved["model.layers.0.self_attn.v_proj.weight"][3] = poison
@@ -250,4 +296,4 @@ def test_what_is_not_finite_or_too_large_to_square_is_refused_by_name(tiny_model
     with shell.live(index, saved) as block:
         linears = {"model.q_proj": block.self_attn.q_proj, "model.o_proj": block.self_attn.o_proj}
         with pytest.raises(NonFiniteWeights, match=r"what enters model\.o_proj"):
-            collect(index, block, stream, linears, new=InputNorm, architecture=ARCHITECTURES["mixtral"], advance=False)
+            collect(index, block, stream, linears, new=new, architecture=ARCHITECTURES["mixtral"], advance=False)
