@@ -85,13 +85,13 @@ _swept = perplexity._Swept
 _originals: dict[Path, Any] = {}
 
 
-def _swept_once(folder: Path, ids_NS: Any, *rest: Any) -> Any:
+def _swept_once(reader: Reader, ids_NS: Any, *rest: Any) -> Any:
     """Sweep the original once for all runs: it and the held-out tokens are the same."""
-    if folder.name == "out":
-        return _swept(folder, ids_NS, *rest)
-    if folder not in _originals:
-        _originals[folder] = _swept(folder, ids_NS, *rest)
-    return _originals[folder]
+    if reader.folder.name == "out":
+        return _swept(reader, ids_NS, *rest)
+    if reader.folder not in _originals:
+        _originals[reader.folder] = _swept(reader, ids_NS, *rest)
+    return _originals[reader.folder]
 
 
 def perplexities(given: argparse.Namespace, step: dict[str, Any], seed: int) -> tuple[float, float]:
