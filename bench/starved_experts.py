@@ -29,12 +29,15 @@ WAYS = {"own": (0, 0), "topped up": (0, 2)}
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path, help="folder with calibration.txt and heldout.txt")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
     parser.add_argument("--scheme", default="W3A16")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     given = parser.parse_args()
+    if given.model is None or given.text is None:
+        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+        return
     print(f"rounded: {loss_rise(given, 'rtn', 1, 0):.4f}")
     print(f"{'tokens':>8s}" + "".join(f"{way:>22s}" for way in WAYS))
     for samples in given.sizes:

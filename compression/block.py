@@ -128,7 +128,7 @@ class Shell:
 
     def convert_(self, dtype: torch.dtype) -> None:
         """Compute logits in another dtype from here on; no block can be visited afterwards."""
-        self.model.to(dtype)
+        cast(nn.Module, self.model).to(dtype)
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, hidden_BSD: Tensor) -> Tensor:

@@ -229,9 +229,9 @@ def _how_to_open(report: Report) -> str:
     unpacked, packed = report.memory["transformers"], report.memory["packed_engine"]
     if not report.verification.opened_with.startswith("transformers "):
         return (
-            f"Profile `{report.profile}`: pruned weights are stored without their zeros, which no stock loader reads. Open it with "
-            "`from slimtrim_runtime import open_model; open_model(folder)`; the file lies in this folder and needs torch, "
-            f"transformers and safetensors. It unpacks while it loads and then needs about {unpacked} bytes."
+            f"Profile `{report.profile}`: pruned weights are stored without their zeros, which no stock loader reads. Open "
+            "it with `from slimtrim_runtime import open_model; open_model(folder)`; the file lies in this folder and needs "
+            f"torch, transformers and safetensors. It unpacks while it loads and then needs about {unpacked} bytes."
         )
     limits = "; vLLM reads none but 8-bit and 4-bit weights" if report.profile == "custom" else ""
     return (

@@ -44,8 +44,10 @@ class Slimming:
     def needs(self) -> Needs:
         """What must be known of a weight's inputs."""
         wanted: list[Needs] = ["nothing"]
-        wanted += [PRUNERS[self.prune.method].needs] if self.prune else []
-        wanted += [QUANTIZERS[self.quantize.method].needs] if self.quantize else []
+        if self.prune is not None:
+            wanted.append(PRUNERS[self.prune.method].needs)
+        if self.quantize is not None:
+            wanted.append(QUANTIZERS[self.quantize.method].needs)
         return max(wanted, key=NEEDS.index)
 
     @property
@@ -159,7 +161,7 @@ class _Work:
         assert treatment is not None
         gate_up_EOI, down_EOI = layer.stack("gate_up_proj", experts), layer.stack("down_proj", experts)
         stored, device = self._stored_dtype(experts[0]), gate_up_EOI.device
-        statistic = inner = None
+        statistic = inner = new = None
         if routed is not None:
             new = STATISTICS[self.slimming.needs]
             statistic = routed.input_statistic(experts, new, device, weighted=weighted)
@@ -168,7 +170,7 @@ class _Work:
         if self.slimming.propagate_error:
             # What enters down_proj then comes from the gate and up that will really be served.
             gate_up_EOI.copy_(both.became_EOI)
-        if routed is not None:
+        if routed is not None and new is not None:
             inner = routed.inner_statistic(experts, new, layer, device, weighted=weighted)
             refuse_non_finite_inputs(inner, f"the down_proj of {self.architecture.experts_prefix(self.index)} {_named(experts)}")
         down_EOI = down_EOI.to(stored, copy=True)

@@ -19,7 +19,7 @@ from compression.slimming.grid import AnyGrid, FloatGrid, Quantized, dequantize
 from compression.slimming.hessian import Statistic
 from compression.slimming.masks import Pattern
 
-LEAST = 1
+LEAST = 0.5
 """Tokens per input below which an expert is slimmed without calibration: decision record 0015."""
 
 

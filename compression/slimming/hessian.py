@@ -106,6 +106,10 @@ class InputNorm:
         """The same, by the name that both statistics have for it."""
         return self.value
 
+    def rescale_(self, factor_EI: Tensor) -> None:
+        """Turn the statistic into that of inputs divided by ``factor_EI``."""
+        self._sum_EI.div_(factor_EI.square())
+
 
 Statistic = Gram | InputNorm
 
@@ -148,7 +152,8 @@ def damped_factors_(factor_EII: Tensor, gram_EII: Tensor, order_EI: Tensor, *, d
         if not todo:
             break
         stack_EII = factor_EII.new_empty(len(todo), *factor_EII.shape[1:])
-    factor_EII[used_E.isinf().to(factor_EII.device)] = 0
+    for expert in used_E.isinf().nonzero().flatten().tolist():
+        factor_EII[expert] = 0
     return used_E, left_EI
 
 
@@ -177,8 +182,8 @@ def _factor_(gram_EII: Tensor) -> tuple[Tensor, Tensor]:
         panel_EPI[:, :, start:stop] = corner_EPP.mT
     root_EI = gram_EII.diagonal(dim1=1, dim2=2).clone()
     gram_EII /= root_EI.unsqueeze(2)
-    # Not every library's cholesky_ex reports a NaN.
-    return fine_E & gram_EII.sum(dim=(1, 2)).isfinite(), root_EI.square_()
+    # Not every library's cholesky_ex reports a NaN; wherever there is one, it has reached a pivot.
+    return fine_E & root_EI.isfinite().all(dim=1), root_EI.square_()
 
 
 def _mirror_(sum_II: Tensor) -> None:

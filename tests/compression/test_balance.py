@@ -216,8 +216,8 @@ def test_an_expert_that_saw_too_few_tokens_is_not_balanced(monkeypatch):
     both = slim_stack(gate_up_EOI, None, Treatment(None, None, "rtn", "W4A16", Grid(4, 32), None))
     before_EOI, statistic = both.became_EOI.clone(), Gram(2, 64)
     loud_F = torch.logspace(-2, 2, 64)
-    statistic.add_rows(0, a_stack(63, 64, seed=3) * loud_F)  # one token less than inputs
-    statistic.add_rows(1, a_stack(64, 64, seed=4) * loud_F)
+    statistic.add_rows(0, a_stack(31, 64, seed=3) * loud_F)  # one token less than half the inputs
+    statistic.add_rows(1, a_stack(32, 64, seed=4) * loud_F)
 
     scaled_EDF = balance_down(down_EDF, statistic, W4, both, slice(64, 128))
 

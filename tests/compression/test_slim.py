@@ -95,16 +95,14 @@ def test_chunks_of_experts_give_the_bits_of_the_whole_stack(tiny_model_factory, 
 
 
 @torch.no_grad()
-def test_a_fused_family_keeps_the_readers_tensors_and_loses_the_same_weights_in_any_chunk(tiny_model_factory, monkeypatch):
+def test_a_fused_family_is_pruned_along_its_inputs_and_alike_in_any_chunk(tiny_model_factory, monkeypatch):
     results = []
     for size in (8, 3):
         shell, saved, stream, index = first_mixture(tiny_model_factory("gpt_oss"), "gpt_oss")
         name = f"model.layers.{index}.mlp.experts.gate_up_proj"
-        given_EIO, before_EIO = saved[name], saved[name].clone()
         monkeypatch.setattr("compression.slim.experts_at_once", lambda layer, size=size: size)
         with shell.live(index, saved) as block:
             slim_(saved, block, CHUNKED["sparsegpt"], stream=stream, architecture=ARCHITECTURES["gpt_oss"], index=index)
-        assert torch.equal(given_EIO, before_EIO)
         assert ((saved[name].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()  # 2 of every 4 inputs, which lie second here
         results.append(saved)
 
