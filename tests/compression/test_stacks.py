@@ -92,20 +92,6 @@ def test_with_two_steps_each_falls_back_by_its_own_name_and_zeros_stay():
 
 
 @pytest.mark.parametrize(
-    ("prune", "quantize", "used"),
-    [
-        ("wanda", "rtn", ("magnitude", "rtn")),
-        ("magnitude", "gptq", ("magnitude", "rtn")),
-        ("magnitude", "rtn", ("magnitude", "rtn")),
-    ],
-)
-def test_a_method_that_asks_nothing_of_the_inputs_falls_back_to_nothing(prune, quantize, used):
-    slimmed = slim_stack(weights(1), fed(Gram, 1), treatment(prune, quantize, pattern=PAIRS, grid=W4))
-
-    assert slimmed.used == (used,)
-
-
-@pytest.mark.parametrize(
     ("way", "fallback"),
     [
         (treatment(quantize="gptq", grid=W4), ("rtn",)),
