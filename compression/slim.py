@@ -18,7 +18,7 @@ from compression.balance import balance_block_, balance_down
 from compression.collect import Collected, RoutedTokens, collect, experts_at_once, refuse_non_finite_inputs
 from compression.ledger import entries
 from compression.methods import NEEDS, PRUNERS, QUANTIZERS, STATISTICS, Needs, pattern_of
-from compression.moe import moe_layer
+from compression.moe import MoELayer, moe_layer
 from compression.recipe import BITS, Pattern, Prune, Quantize
 from compression.report import LedgerRow
 from compression.slimming.grid import AnyGrid, FloatGrid, Grid
@@ -123,6 +123,17 @@ class _Work:
         self.saved, self.slimming, self.architecture, self.index = saved, slimming, architecture, index
         self.layer = moe_layer(architecture, block)
         self.linears = self._find_linears(block)
+        if self.layer is not None and architecture.fused_on_disk:
+            self._own_fused_experts(self.layer)
+
+    def _own_fused_experts(self, layer: MoELayer) -> None:
+        # What the reader handed out is not ours to change, and the loader may have made it the live block's own parameter.
+        for matrix in ("gate_up_proj", "down_proj"):
+            name = f"{self.architecture.experts_prefix(self.index)}.{matrix}"
+            given, live = self.saved[name], getattr(layer.experts, matrix)
+            self.saved[name] = given.clone()
+            if live.data_ptr() == given.data_ptr():
+                live.data = self.saved[name]
 
     def _find_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         """Return the block's linear layers that are slimmed, by saved name without ``.weight``."""
@@ -194,8 +205,6 @@ class _Work:
             if self.architecture.fused_on_disk:
                 names = [f"{prefix}.{matrix}[{expert}]" for expert in experts]
                 whole = self.saved[f"{prefix}.{matrix}"]
-                if experts.start == 0:  # the reader's own tensor is not ours to change
-                    whole = self.saved[f"{prefix}.{matrix}"] = whole.clone()
                 whole[experts.start : experts.stop] = part.became_EOI.mT.cpu()  # these families store [inputs, outputs]
                 sizes = [whole[expert].nbytes for expert in experts]
             else:

@@ -164,3 +164,16 @@ def test_calibration_is_as_much_as_the_neediest_method_needs(prune, quantize, ne
     )
 
     assert slimming.needs == needs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_the_tensors_that_the_reader_handed_out_stay_as_they_were(tiny_model_factory, model_type):
+    shell, saved, stream, index = first_mixture(tiny_model_factory(model_type), model_type)
+    given, before = dict(saved), {name: tensor.clone() for name, tensor in saved.items()}
+    architecture, slimming = ARCHITECTURES[model_type], CHUNKED["awq" if model_type == "mixtral" else "sparsegpt"]
+
+    with shell.live(index, saved) as block:
+        slim_(saved, block, slimming, stream=stream, architecture=architecture, index=index)
+
+    assert [name for name in given if not torch.equal(given[name], before[name])] == []

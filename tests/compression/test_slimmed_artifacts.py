@@ -14,16 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.architectures import ARCHITECTURES
+from compression.block import Shell
+from compression.calibration import load_calibration
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.packing import unpack
+from compression.checkpoint.reader import Reader
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.recipe import BITS
 from compression.runtime.slimtrim_runtime import open_model
+from compression.slim import Slimming, slim_
+from compression.sweep import Stream, working_dtype
 from tests.compression.test_pipeline import a_request, tensor_bytes
 from tests.tiny_models import EXPERT_WIDTH, HIDDEN, MODEL_TYPES
 
-UNFUSED = [model_type for model_type in MODEL_TYPES if model_type != "gpt_oss"]
 PRUNES = {
     "magnitude": {"step": "prune", "method": "magnitude", "sparsity": 0.5},
     "wanda": {"step": "prune", "method": "wanda", "sparsity": 0.5},
@@ -193,6 +197,32 @@ def test_how_a_method_is_calibrated_is_felt_in_what_it_stores(two_blocks, tmp_pa
     # The first block's gate and up are calibrated on the untouched embeddings either way.
     first = {name for name in other if re.search(r"layers\.0\..*\.w[13]\.", name)}
     assert bool(first) == ("routing_weighted" in change)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("propagate_error", [True, False])
+def test_a_block_is_calibrated_on_what_the_blocks_before_it_give_as_they_are_or_as_they_were(
+    two_blocks, tmp_path, propagate_error
+):
+    folder, step = two_blocks("mixtral"), {**QUANTIZE, "propagate_error": propagate_error}
+    request = a_request(folder, [step])
+
+    slimmed(folder, tmp_path / "out", [step])
+
+    source, artifact = Reader(folder), Reader(tmp_path / "out")
+    before = artifact if propagate_error else source
+    opened, dense = Shell(before.config, before.outside()), Shell(source.config, source.outside())
+    ids_NS = load_calibration(request.calibration, folder).ids_NS
+    stream = Stream(dense, ids_NS, dtype=working_dtype(torch.device("cpu"), torch.bfloat16))
+    with opened.live(0, before.block(0)) as block:
+        stream.push(0, stream.convert_(block))
+    expected = source.block(1)
+    with dense.live(1, expected) as block:
+        slimming = Slimming(None, request.recipe.steps[0])
+        slim_(expected, stream.convert_(block), slimming, stream=stream, architecture=ARCHITECTURES["mixtral"], index=1)
+    stored = artifact.block(1)
+    assert stored.keys() == expected.keys()
+    assert all(same_bytes(stored[name], expected[name]) for name in stored)
 
 
 def test_an_expert_that_no_token_chooses_is_stored_like_the_others_and_named(two_blocks, tmp_path):
