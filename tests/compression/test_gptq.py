@@ -13,7 +13,7 @@ from torch import Tensor
 from compression.slimming import feedback, gptq
 from compression.slimming.awq import round_weighted
 from compression.slimming.damage import relative_error
-from compression.slimming.grid import Grid, Quantized, dequantize, quantize
+from compression.slimming.grid import AnyGrid, FloatGrid, Grid, Quantized, dequantize, quantize, search_scales
 from compression.slimming.rtn import round_to_nearest
 
 SHAPES = [  # outputs, inputs, bits, group_size: multiples of the base block and of the panel, and neither
@@ -152,6 +152,43 @@ def test_inputs_of_different_loudness_that_never_meet_are_rounded_to_nearest_on_
     assert not torch.equal(quantized.scale_EOG, round_to_nearest(weight_EOI, grid).scale_EOG)
 
 
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1), FloatGrid()], ids=repr)
+def test_with_a_diagonal_gram_matrix_the_scales_are_those_that_weigh_errors_by_the_damped_diagonal(grid: AnyGrid):
+    weight_EOI = weights(2, 8, 96)
+    loudness_EI = torch.randn(2, 96, generator=torch.Generator().manual_seed(0)).mul(2).exp()
+
+    quantized, _ = gptq.quantize(weight_EOI, loudness_EI.diag_embed(), grid)
+
+    damped_EI = loudness_EI + 0.01 * loudness_EI.mean(dim=1, keepdim=True)
+    assert torch.equal(quantized.scale_EOG, search_scales(weight_EOI, grid, damped_EI))
+    assert not torch.equal(quantized.scale_EOG, search_scales(weight_EOI, grid))
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1), FloatGrid()], ids=repr)
+def test_the_scales_weigh_errors_by_what_the_inputs_after_them_cannot_stand_in_for(grid: AnyGrid):
+    weight_EOI, gram_EII = weights(3, 8, 96), grams(3, 96)
+
+    quantized, _ = gptq.quantize(weight_EOI, gram_EII, grid)
+
+    left_EI = torch.stack([left_of(gram_II) for gram_II in gram_EII])
+    expected_EOG = search_scales(weight_EOI, grid, left_EI)
+    # D in float32 is off by some 1e-5, and two candidates may be as near as that: one scale in fifty may part.
+    assert (quantized.scale_EOG == expected_EOG).float().mean() >= 0.98
+    for other_EI in (gram_EII.diagonal(dim1=1, dim2=2), None):
+        assert (quantized.scale_EOG == search_scales(weight_EOI, grid, other_EI)).float().mean() < 0.9
+
+
+def left_of(gram_II: Tensor) -> Tensor:
+    """Each input's variance given those that are quieter than it, in float64, one regression after the other."""
+    damped_II = gram_II.double() + 0.01 * gram_II.double().diagonal().mean() * torch.eye(len(gram_II))
+    left_I = damped_II.diagonal().clone()
+    order = torch.argsort(gram_II.diagonal(), descending=True, stable=True).tolist()
+    for place, j in enumerate(order[:-1]):
+        later = order[place + 1 :]
+        left_I[j] -= damped_II[j, later] @ torch.linalg.solve(damped_II[later][:, later], damped_II[later, j])
+    return left_I
+
+
 @pytest.mark.parametrize(("outputs", "inputs", "bits", "group_size"), SHAPES)
 def test_an_expert_gets_the_same_codes_alone_in_the_stack_and_in_any_chunk(
     monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, bits: int, group_size: int
@@ -199,6 +236,51 @@ def test_the_output_error_is_well_below_that_of_rounding_on_correlated_inputs(
 
     rounded_E = output_error(weight_EOI, round_to_nearest(weight_EOI, grid), gram_EII)
     assert (output_error(weight_EOI, quantized, gram_EII) < 0.6 * rounded_E).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float_codes_lose_less_of_the_output_than_rounding_on_correlated_inputs(dtype: torch.dtype):
+    grid, weight_EOI, gram_EII = FloatGrid(), weights(4, 16, 200).to(dtype), grams(4, 200)
+
+    quantized, damping_E = gptq.quantize(weight_EOI, gram_EII, grid)
+
+    assert (quantized.codes_EOI.dtype, quantized.scale_EOG.shape) == (torch.float8_e4m3fn, (4, 16, 1))
+    assert damping_E.tolist() == [0.01] * 4
+    rounded_E = output_error(weight_EOI, round_to_nearest(weight_EOI, grid), gram_EII)
+    assert (output_error(weight_EOI, quantized, gram_EII) < 0.6 * rounded_E).all()
+
+
+def test_with_an_identity_gram_matrix_float_codes_are_round_to_nearest():
+    grid, weight_EOI = FloatGrid(), weights(2, 16, 200)
+
+    quantized, _ = gptq.quantize(weight_EOI, torch.eye(200).expand(2, -1, -1), grid)
+
+    nearest = round_to_nearest(weight_EOI, grid)
+    assert torch.equal(quantized.codes_EOI.float(), nearest.codes_EOI.float())
+    assert torch.equal(quantized.scale_EOG, nearest.scale_EOG)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 32), Grid(8, 32), FloatGrid()], ids=repr)
+def test_a_weight_that_may_only_be_zero_is_zero_and_the_others_repair_it(grid: AnyGrid):
+    weight_EOI, gram_EII = weights(3, 8, 96), grams(3, 96)
+    kept_EOI = torch.rand(weight_EOI.shape, generator=torch.Generator().manual_seed(1)) > 0.1  # of weights that are not zero
+
+    quantized, _ = gptq.quantize(weight_EOI, gram_EII, grid, kept_EOI=kept_EOI)
+
+    stored_EOI = dequantize(quantized.codes_EOI, quantized.scale_EOG)
+    assert (stored_EOI[~kept_EOI] == 0).all()
+    cut_E = relative_error(
+        weight_EOI, dequantize(quantize(weight_EOI, quantized.scale_EOG, grid), quantized.scale_EOG) * kept_EOI, gram_EII
+    )
+    assert (relative_error(weight_EOI, stored_EOI, gram_EII) < 0.6 * cut_E).all()
+
+
+def test_keeping_every_weight_is_keeping_none_in_particular():
+    weight_EOI, gram_EII, grid = weights(2, 8, 96), grams(2, 96), Grid(4, 32)
+
+    all_kept, _ = gptq.quantize(weight_EOI, gram_EII, grid, kept_EOI=torch.ones(2, 8, 96, dtype=torch.bool))
+
+    assert torch.equal(all_kept.codes_EOI, gptq.quantize(weight_EOI, gram_EII, grid)[0].codes_EOI)
 
 
 def output_error(weight_EOI: Tensor, quantized: Quantized, gram_EII: Tensor) -> Tensor:

@@ -297,3 +297,123 @@ def test_the_callers_matrices_are_left_alone():
     damped_factors_(torch.empty_like(gram_EII), gram_EII, natural_order(gram_EII), damping=0.01)
 
     assert torch.equal(gram_EII, before_EII)
+
+
+def norms_of(x_TI: Tensor) -> Tensor:
+    norm = InputNorm(1, x_TI.shape[1])
+    norm.update(x_TI)
+    return norm.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_squares_alone_are_the_diagonal_of_the_gram_matrix(dtype: torch.dtype):
+    x_TI = tokens(500, 70).to(dtype)
+
+    mean_square_EI = norms_of(x_TI)
+
+    assert mean_square_EI.dtype == torch.float64
+    # The Gram matrix sums 500 squares in float32: about 500^0.5 x 2^-24 = 1.3e-6 of a value, at worst a few times that.
+    assert mean_square_EI.tolist()[0] == pytest.approx(gram_of(x_TI).diagonal(dim1=1, dim2=2)[0].tolist(), rel=1e-5)
+    # Against float64 only the squares of float32 numbers are rounded, each by at most 2^-24 of itself.
+    assert mean_square_EI.tolist()[0] == pytest.approx(x_TI.double().square().mean(dim=0).tolist(), rel=2**-23)
+
+
+@pytest.mark.parametrize("kind", [Gram, InputNorm])
+def test_both_statistics_name_their_mean_squares_alike(kind: type[Statistic]):
+    x_TI, ids_TK = small_integers(90, 12), routes(90, experts=3, chosen=2)
+    statistic = kind(4, 12)
+
+    add_routed(statistic, x_TI, ids_TK)
+
+    for expert in range(3):
+        own_SI = x_TI[(ids_TK == expert).any(dim=1)]
+        assert torch.equal(statistic.mean_square_EI[expert].float(), own_SI.square().sum(dim=0) / len(own_SI))
+    assert (statistic.mean_square_EI[3] == 0).all()
+    assert statistic.tokens_E[3] == 0
+
+
+@pytest.mark.parametrize("width", [7, 300])
+def test_splitting_changes_no_mean_square_of_whole_numbers(width: int):
+    x_TI = small_integers(400, width)
+    parts = InputNorm(1, width)
+
+    for x_tI in x_TI.split(37):
+        parts.update(x_tI)
+
+    assert torch.equal(parts.value, norms_of(x_TI))
+    assert parts.tokens_E.tolist() == [400]
+
+
+@pytest.mark.parametrize("kind", [Gram, InputNorm])
+def test_with_routing_weights_a_token_counts_as_often_as_a_slow_loop_adds_it(kind: type[Statistic]):
+    x_TI, weight_T = tokens(60, 130), torch.rand(60, generator=torch.Generator().manual_seed(1))
+    statistic = kind(2, 130)
+
+    for part in (slice(25), slice(25, 60)):
+        statistic.add_rows(1, x_TI[part], weight_T[part])
+
+    slow_II = torch.zeros(130, 130, dtype=torch.float64)
+    for x_I, weight in zip(x_TI.double(), weight_T.tolist(), strict=True):
+        slow_II += weight * torch.outer(x_I, x_I) / 60
+    expected = slow_II if kind is Gram else slow_II.diagonal()
+    assert statistic.tokens_E.tolist() == [0, 60]
+    assert (statistic.value[0] == 0).all()
+    # Roots, products and 60 sums in float32, of entries up to 2.
+    assert (statistic.value[1] - expected).abs().max() < 60 * 2**-24
+
+
+@pytest.mark.parametrize("kind", [Gram, InputNorm])
+def test_a_routing_weight_of_one_is_none_and_of_four_is_a_token_twice_as_loud(kind: type[Statistic]):
+    x_TI = tokens(50, 9)
+    plain, ones, louder, fours = (kind(1, 9) for _ in range(4))
+
+    plain.update(x_TI)
+    ones.add_rows(0, x_TI, torch.ones(50, dtype=torch.bfloat16))
+    louder.update(2 * x_TI)
+    fours.add_rows(0, x_TI, torch.full((50,), 4.0))
+
+    assert torch.equal(ones.value, plain.value)
+    assert torch.equal(fours.value, louder.value)
+    assert torch.equal(fours.value, 4 * plain.value)
+
+
+def test_rescaling_by_powers_of_two_is_exactly_what_scaled_inputs_would_have_given():
+    x_TI = tokens(200, 150)
+    factor_EI = 2.0 ** torch.randint(-6, 7, (2, 150), generator=torch.Generator().manual_seed(1))
+    gram, scaled = Gram(2, 150), Gram(2, 150)
+    for expert in range(2):
+        gram.add_rows(expert, x_TI)
+        scaled.add_rows(expert, x_TI / factor_EI[expert])
+
+    gram.rescale_(factor_EI)
+
+    assert torch.equal(gram.value, scaled.value)
+    assert torch.equal(gram.value, gram.value.mT)
+    assert not torch.equal(gram.value[0], gram.value[1])
+
+
+@pytest.mark.parametrize("width", [1, 5, 64, 65, 200])
+def test_what_is_left_of_an_input_is_what_the_papers_read_off_the_factor_of_the_inverse(width: int):
+    gram_EII = torch.cat([gram_of(tokens(2 * width, width, seed)) for seed in range(3)])
+    order_EI = torch.stack([torch.randperm(width, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+
+    _, left_EI = damped_factors_(torch.empty_like(gram_EII), gram_EII, order_EI, damping=0.01)
+
+    for gram_II, order_I, left_I in zip(gram_EII.double(), order_EI, left_EI, strict=True):
+        damped_II = (gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(width))[order_I][:, order_I]
+        upper_II = torch.linalg.cholesky(torch.linalg.inv(damped_II), upper=True)
+        # float32 of a matrix with a condition number around 1e3.
+        assert left_I.tolist() == pytest.approx(upper_II.diagonal().square().reciprocal().tolist(), rel=1e-4)
+
+
+def test_an_input_that_never_fires_leaves_the_others_as_they_are_without_it():
+    gram_EII = gram_of(tokens(100, 30))
+    gram_EII[:, 7] = gram_EII[:, :, 7] = 0
+    others_I = torch.arange(30) != 7
+    without_EII = gram_EII[:, others_I][:, :, others_I]
+    damping = 0.01 * gram_EII.diagonal(dim1=1, dim2=2).mean() / without_EII.diagonal(dim1=1, dim2=2).mean()
+
+    _, left_EI = damped_factors_(torch.empty_like(gram_EII), gram_EII, natural_order(gram_EII), damping=0.01)
+    _, alone_EI = damped_factors_(torch.empty_like(without_EII), without_EII, natural_order(without_EII), damping=damping.item())
+
+    assert left_EI[0, others_I].tolist() == pytest.approx(alone_EI[0].tolist(), rel=1e-4)  # float32, in another order

@@ -32,6 +32,17 @@ def test_packed_words_are_those_of_compressed_tensors(bits: int, outputs: int, i
     assert torch.equal(packed_OW, pack_to_int32(codes_OI, bits))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("inputs", [1, 7, 31, 33, 97, 1407])
+def test_rows_that_end_inside_a_word_are_byte_for_byte_those_of_compressed_tensors(bits: int, inputs: int):
+    codes_OI = codes(11, inputs, bits=bits)
+
+    packed_OW = pack(codes_OI, bits)
+
+    assert packed_OW.is_contiguous()
+    assert packed_OW.numpy().tobytes() == pack_to_int32(codes_OI, bits).contiguous().numpy().tobytes()
+
+
 @anything
 @given(bits=any_bits, experts=st.integers(1, 3), inputs=st.integers(1, 140), seed=st.integers(0, 2**32))
 def test_unpacking_gives_back_every_code_of_a_stack(bits: int, experts: int, inputs: int, seed: int):
@@ -41,15 +52,17 @@ def test_unpacking_gives_back_every_code_of_a_stack(bits: int, experts: int, inp
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_words_packed_by_compressed_tensors_are_read(bits: int):
-    codes_OI = codes(3, 77, bits=bits)
+@pytest.mark.parametrize("inputs", [1, 7, 31, 33, 77, 97])
+def test_words_packed_by_compressed_tensors_are_read(bits: int, inputs: int):
+    codes_OI = codes(3, inputs, bits=bits)
 
-    assert torch.equal(unpack(pack_to_int32(codes_OI, bits), bits, 77), codes_OI)
+    assert torch.equal(unpack(pack_to_int32(codes_OI, bits), bits, inputs), codes_OI)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_compressed_tensors_reads_our_words(bits: int):
-    codes_OI = codes(3, 77, bits=bits)
+@pytest.mark.parametrize("inputs", [1, 7, 31, 33, 77, 97])
+def test_compressed_tensors_reads_our_words(bits: int, inputs: int):
+    codes_OI = codes(3, inputs, bits=bits)
 
     assert torch.equal(unpack_from_int32(pack(codes_OI, bits), bits, codes_OI.shape), codes_OI)
 
