@@ -16,7 +16,7 @@ from compression.architectures import Architecture, Component
 from compression.collect import Collected, experts_at_once
 from compression.moe import MoELayer, moe_layer
 from compression.slimming.awq import best_exponents, input_scales, losses
-from compression.slimming.grid import AnyGrid
+from compression.slimming.grid import AnyGrid, dequantize
 from compression.slimming.hessian import Gram, Statistic
 from compression.stacks import LEAST, Slimmed, Treatment
 
@@ -63,9 +63,16 @@ def balance_down(
             for expert, (exponent, few) in enumerate(zip(exponents, starved, strict=True))
         ]
     )
+    scale_EOG = up.quantized.scale_EOG[:, rows]
+    zeros_EOG = (up.became_EOI[:, rows].unflatten(2, (scale_EOG.shape[2], -1)) == 0).all(dim=3)
+    # No scale may become subnormal, which half precision rounds and some kernels flush. That of a group of zeros is the
+    # smallest normal number, means nothing, and stays.
+    room_EF = scale_EOG.double().masked_fill(zeros_EOG, torch.inf).amin(dim=2) / torch.finfo(scale_EOG.dtype).tiny
+    factor_EF = factor_EF.minimum(room_EF.log2().floor().exp2().float())
     statistic.rescale_(factor_EF)
-    for stack in (up.quantized.scale_EOG, up.became_EOI, up.weight_EOI):
-        stack[:, rows] /= factor_EF[:, :, None].to(stack)
+    scale_EOG /= torch.where(zeros_EOG, 1.0, factor_EF[:, :, None]).to(scale_EOG)
+    up.became_EOI[:, rows] = dequantize(up.quantized.codes_EOI[:, rows], scale_EOG)
+    up.weight_EOI[:, rows] /= factor_EF[:, :, None].to(up.weight_EOI)
     return weight_EOI * factor_EF[:, None].to(weight_EOI)
 
 

@@ -17,7 +17,7 @@ from compression.moe import moe_layer
 from compression.recipe import Quantize
 from compression.slim import Slimming, _Work
 from compression.slimming.awq import best_exponents
-from compression.slimming.grid import Grid, dequantize
+from compression.slimming.grid import FloatGrid, Grid, dequantize
 from compression.slimming.hessian import Gram
 from compression.stacks import Treatment, slim_stack
 from compression.sweep import Stream
@@ -224,3 +224,31 @@ def test_an_expert_that_saw_too_few_tokens_is_not_balanced(monkeypatch):
     assert torch.equal(scaled_EDF[0], down_EDF[0])
     assert torch.equal(both.became_EOI[0], before_EOI[0])
     assert not torch.equal(scaled_EDF[1], down_EDF[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [Grid(4, 32), FloatGrid()], ids=["W4", "FP8"])
+def test_no_scale_of_up_becomes_subnormal_and_every_weight_is_what_a_loader_makes_of_it(monkeypatch, stored, grid):
+    monkeypatch.setattr("compression.balance.best_exponents", always(1.0))
+    gate_up_EOI, down_EDF = a_stack(1, 128, 64).to(stored), a_stack(1, 32, 64, seed=1).to(stored)
+    gate_up_EOI[:, 64:96, :32] = 0  # a group of zeros in half of the rows of up,
+    gate_up_EOI[:, 68] = 0  # and a row of nothing else
+    both = slim_stack(gate_up_EOI, None, Treatment(None, None, "rtn", "any", grid, None))
+    before_EOI, statistic = both.became_EOI.clone(), Gram(1, 64)
+    # Loud where zeros are.
+    statistic.add_rows(0, a_stack(64, 64, seed=4) * torch.logspace(2, -2, 64))
+
+    scaled_EDF = balance_down(down_EDF, statistic, W4, both, slice(64, 128))
+
+    scale_EOG = both.quantized.scale_EOG
+    assert (both.became_EOI.unflatten(2, (scale_EOG.shape[2], -1)) == 0).all(3).any()
+    assert (scale_EOG >= torch.finfo(stored).tiny).all()
+    assert torch.equal(dequantize(both.quantized.codes_EOI, scale_EOG), both.became_EOI)
+    factor_F = scaled_EDF[0, 0].double() / down_EDF[0, 0].double()
+    assert factor_F.max() > 2
+    expected_FI = before_EOI[0, 64:].double() / factor_F.log2().round().exp2()[:, None]
+    # Half precision rounds weights, not scales, below its smallest normal number: to half of 2^-24.
+    torch.testing.assert_close(
+        both.became_EOI[0, 64:].double(), expected_FI, rtol=0, atol=2**-25 if stored == torch.float16 else 0
+    )
