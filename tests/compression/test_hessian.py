@@ -108,49 +108,6 @@ def test_an_expert_without_tokens_keeps_a_matrix_of_zeros():
     assert (gram.value[:2] == 0).all()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_input_norms_are_the_diagonals_of_the_gram_matrices(weighted: bool):
-    gram, norm = Gram(4, 150), InputNorm(4, 150)
-    x_TI, ids_TK = tokens(300, 150), routes(300, experts=3, chosen=2)  # the fourth expert sees nothing
-
-    for expert, tokens_S, _ in by_expert(ids_TK, 4):
-        weight_S = torch.rand(len(tokens_S), generator=torch.Generator().manual_seed(expert)) if weighted else None
-        for statistic in (gram, norm):
-            statistic.add_rows(expert, x_TI[tokens_S], weight_S)
-
-    assert torch.equal(gram.tokens_E, norm.tokens_E)
-    assert (norm.value[3] == 0).all()
-    # Float32 sums of some 200 squares against float64 ones.
-    torch.testing.assert_close(gram.mean_square_EI.double(), norm.mean_square_EI, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("kind", [Gram, InputNorm])
-def test_a_token_counts_by_its_routing_weight_once_and_the_mean_is_over_tokens(kind: type[Gram | InputNorm]):
-    x_TI, weight_T = tokens(50, 12), torch.rand(50, generator=torch.Generator().manual_seed(1))
-    statistic = kind(2, 12)
-
-    for start in (0, 20):
-        stop = {0: 20, 20: 50}[start]
-        statistic.add_rows(1, x_TI[start:stop], weight_T[start:stop])
-
-    slow_II = sum(w * torch.outer(x, x) for w, x in zip(weight_T.double(), x_TI.double(), strict=True)) / 50
-    # Root and square of a weight, and 50 products, in float32.
-    torch.testing.assert_close(statistic.mean_square_EI[1].double(), slow_II.diagonal(), rtol=1e-5, atol=0)
-    if isinstance(statistic, Gram):
-        torch.testing.assert_close(statistic.value[1].double(), slow_II, rtol=1e-5, atol=1e-6)
-    assert statistic.tokens_E.tolist() == [0, 50]
-
-
-def test_weights_of_one_change_nothing():
-    x_TI = tokens(40, 9)
-    plain, ones = Gram(1, 9), Gram(1, 9)
-
-    plain.add_rows(0, x_TI)
-    ones.add_rows(0, x_TI, torch.ones(40))
-
-    assert torch.equal(plain.value, ones.value)
-
-
 def test_showing_tokens_leaves_them_alone():
     x_TI = tokens(40, 9)
     before_TI = x_TI.clone()
@@ -160,19 +117,6 @@ def test_showing_tokens_leaves_them_alone():
         statistic.add_rows(0, x_TI, torch.rand(40))
 
     assert torch.equal(x_TI, before_TI)
-
-
-def test_rescaled_by_powers_of_two_it_is_exactly_the_matrix_of_the_rescaled_inputs():
-    x_TI = tokens(200, 140)
-    factor_I = torch.exp2(torch.randint(-6, 7, (140,), generator=torch.Generator().manual_seed(2)).float())
-    rescaled, louder = Gram(1, 140), Gram(1, 140)
-    rescaled.update(x_TI)
-    louder.update(x_TI / factor_I)
-
-    rescaled.rescale_(factor_I[None])
-
-    assert torch.equal(rescaled.value, louder.value)
-    assert not torch.equal(rescaled.value, gram_of(x_TI))
 
 
 def test_rescaling_one_expert_leaves_the_others_alone():
@@ -231,20 +175,6 @@ def test_the_factor_multiplies_back_to_the_damped_matrix_in_the_order_given(widt
         # gram = N^T D N with D diagonal and positive; float32 of a matrix with a condition number around 1e3.
         assert (pivots_II - left_I.double().diag()).abs().max() < 1e-4
         assert (left_I > 0).all()
-
-
-@pytest.mark.parametrize("width", [1, 5, 64, 65, 200])
-def test_what_is_left_of_an_input_is_what_the_papers_read_off_the_factor_of_the_inverse(width: int):
-    gram_EII = torch.cat([gram_of(tokens(2 * width, width, seed)) for seed in range(2)])
-    order_EI = torch.stack([torch.randperm(width, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
-
-    _, left_EI = damped_factors_(torch.empty_like(gram_EII), gram_EII, order_EI, damping=0.01)
-
-    for gram_II, order_I, left_I in zip(gram_EII.double(), order_EI, left_EI, strict=True):
-        damped_II = (gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(width))[order_I][:, order_I]
-        upper_II = torch.linalg.cholesky(torch.linalg.inv(damped_II), upper=True)
-        # The condition number is around 1e3; float32 loses as much of its 2^-24.
-        torch.testing.assert_close(left_I.double(), upper_II.diagonal() ** -2, rtol=1e-3, atol=0)
 
 
 def test_damping_rises_tenfold_for_the_experts_that_fail_and_for_them_alone():
