@@ -155,6 +155,9 @@ class Report(Record):
         }
 
 
+_ERRORS = {"outputs": "a weight's outputs", "weights_times_inputs": "a weight times its inputs", "weights": "a weight"}
+
+
 def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...]) -> tuple[str, ...]:
     """Return what was lost, in sentences, the worst first."""
     news: list[str] = []
@@ -177,16 +180,20 @@ def _of_ledger(ledger: tuple[LedgerRow, ...]) -> list[str]:
         names = _listed([row.tensor for row in plain])
         ways = " and ".join(sorted({row.method_used for row in plain}))
         news.append(f"{len(plain)} of {len(ledger)} weights saw too few calibration tokens and were slimmed by {ways}: {names}.")
-    experts = {row.tensor.rsplit(".", 2)[0]: row for row in ledger if row.tokens == 0}
-    if experts:
-        news.append(f"{len(experts)} experts or layers saw no calibration token of their own: {_listed(sorted(experts))}.")
+    if experts := list(dict.fromkeys(_owner(row.tensor) for row in ledger if row.tokens == 0)):
+        news.append(f"{len(experts)} experts or layers saw no calibration token of their own: {_listed(experts)}.")
     if starved := [row for row in ledger if row.tokens_topped_up and row.tokens]:
         news.append(f"{len(starved)} weights of starved experts were topped up with tokens that the router nearly sent them.")
     if ledger:
         worst = max(ledger, key=lambda row: row.error_after)
-        what = worst.error_of.replace("_", " ")
-        news.append(f"The largest relative error of a weight's {what} is {worst.error_after:.2%}, in {worst.tensor}.")
+        news.append(f"The largest relative error of {_ERRORS[worst.error_of]} is {worst.error_after:.2%}, in {worst.tensor}.")
     return news
+
+
+def _owner(tensor: str) -> str:
+    """Return the expert or layer that a ledger row's tensor is a matrix of."""
+    stem, of_all, expert = tensor.partition("[")
+    return f"{stem.rsplit('.', 1)[0]}.{expert.removesuffix(']')}" if of_all else stem.rsplit(".", 2)[0]
 
 
 def model_card(report: Report) -> str:

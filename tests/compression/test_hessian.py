@@ -177,6 +177,20 @@ def test_the_factor_multiplies_back_to_the_damped_matrix_in_the_order_given(widt
         assert (left_I > 0).all()
 
 
+@pytest.mark.parametrize("width", [1, 5, 64, 65, 200])
+def test_what_is_left_of_an_input_is_what_the_papers_read_off_the_factor_of_the_inverse(width: int):
+    gram_EII = torch.cat([gram_of(tokens(2 * width, width, seed)) for seed in range(3)])
+    order_EI = torch.stack([torch.randperm(width, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+
+    _, left_EI = damped_factors_(torch.empty_like(gram_EII), gram_EII, order_EI, damping=0.01)
+
+    for gram_II, order_I, left_I in zip(gram_EII.double(), order_EI, left_EI, strict=True):
+        damped_II = (gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(width))[order_I][:, order_I]
+        upper_II = torch.linalg.cholesky(torch.linalg.inv(damped_II), upper=True)
+        # float32 of a matrix with a condition number around 1e3.
+        assert left_I.tolist() == pytest.approx(upper_II.diagonal().square().reciprocal().tolist(), rel=1e-4)
+
+
 def test_damping_rises_tenfold_for_the_experts_that_fail_and_for_them_alone():
     def pair(off_diagonal: float) -> Tensor:
         return torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
