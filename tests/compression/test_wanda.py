@@ -92,7 +92,7 @@ def test_the_output_error_is_below_magnitudes_where_inputs_are_not_equally_loud(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_stays_keeps_its_bits_and_arguments_are_left_alone(dtype: torch.dtype):
-    weight_EOI, mean_square_EI = weights(2, 5, 24).to(dtype), torch.rand(2, 24, dtype=torch.float64)
+    weight_EOI, mean_square_EI = weights(2, 5, 24).to(dtype), weights(2, 24, seed=1).square().double()
     before_EOI, before_EI = weight_EOI.clone(), mean_square_EI.clone()
 
     pruned_EOI = wanda.prune(weight_EOI, mean_square_EI, NOfM(2, 4))
