@@ -275,7 +275,19 @@ def test_a_weight_that_may_only_be_zero_is_zero_and_the_others_repair_it(grid: A
     assert (relative_error(weight_EOI, stored_EOI, gram_EII) < 0.6 * cut_E).all()
 
 
-def test_keeping_every_weight_is_keeping_none_in_particular():
+def test_which_weights_may_stay_is_each_experts_own_in_any_chunk(monkeypatch: pytest.MonkeyPatch):
+    weight_EOI, gram_EII, grid = weights(5, 8, 96), grams(5, 96), Grid(4, 32)
+    kept_EOI = torch.rand(weight_EOI.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    monkeypatch.setattr(feedback, "_experts_at_once", lambda weight_EOI: len(weight_EOI))
+    together_EOI = gptq.quantize(weight_EOI, gram_EII, grid, kept_EOI=kept_EOI)[0].codes_EOI
+
+    for at_once in (1, 2):
+        monkeypatch.setattr(feedback, "_experts_at_once", lambda _, at_once=at_once: at_once)
+        assert torch.equal(gptq.quantize(weight_EOI, gram_EII, grid, kept_EOI=kept_EOI)[0].codes_EOI, together_EOI)
+    assert (together_EOI[~kept_EOI] == 0).all()
+
+
+def test_letting_every_weight_stay_is_naming_none():
     weight_EOI, gram_EII, grid = weights(2, 8, 96), grams(2, 96), Grid(4, 32)
 
     all_kept, _ = gptq.quantize(weight_EOI, gram_EII, grid, kept_EOI=torch.ones(2, 8, 96, dtype=torch.bool))

@@ -20,7 +20,7 @@ EXPERTS, OUTPUTS, INPUTS = 3, 8, 128
 pruners = pytest.mark.parametrize("pruner", sorted(PRUNERS))
 quantizers = pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
 grids = pytest.mark.parametrize("grid", [Grid(2, 32), Grid(3, -1), Grid(4, 64), Grid(8, 32), FloatGrid()], ids=repr)
-patterns = pytest.mark.parametrize("pattern", [Unstructured(0.5), NOfM(2, 4), NOfM(5, 16)], ids=repr)
+patterns = pytest.mark.parametrize("pattern", [Unstructured(0.5), NOfM(2, 4)], ids=repr)
 
 
 def seen() -> Gram:
@@ -43,11 +43,8 @@ def pruned_and_quantized(
 @quantizers
 @patterns
 @pruners
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_pruning_set_to_zero_stays_zero_on_every_grid(
-    dtype: torch.dtype, pruner: str, pattern: Pattern, quantizer: str, grid: AnyGrid
-):
-    weight_EOI = weights(EXPERTS, OUTPUTS, INPUTS).to(dtype)
+def test_a_weight_that_pruning_set_to_zero_stays_zero_on_every_grid(pruner: str, pattern: Pattern, quantizer: str, grid: AnyGrid):
+    weight_EOI = weights(EXPERTS, OUTPUTS, INPUTS).bfloat16()
 
     pruned_EOI, stored_EOI = pruned_and_quantized(
         weight_EOI, seen(), pruner=pruner, pattern=pattern, quantizer=quantizer, grid=grid
