@@ -120,7 +120,8 @@ class _Balancing:
         for name, statistic in calibrated.items():
             treatment = self.treatment_of(self.architecture.component_of(f"{name}.weight"))
             assert treatment is not None
-            assert treatment.grid is not None
+            if treatment.grid is None:  # pruned and kept: it gets the scale and has no say in it
+                continue
             weight_EOI = self.saved[f"{name}.weight"].to(mean_square_I.device)[None]
             yield _summed(weight_EOI, statistic, mean_square_I, treatment.grid)
         experts = self.treatment_of("experts")
@@ -137,7 +138,7 @@ class _Balancing:
     def _scale_experts_(self, layer: MoELayer, factor_D: Tensor) -> None:
         layer.stack("gate_up_proj", range(layer.count)).mul_(factor_D)
         assert self.collected.routed is not None
-        self.collected.routed.x_TD = self.collected.routed.x_TD / factor_D.to(self.collected.routed.x_TD)
+        self.collected.routed.rescale_(factor_D)
         gate, up, _ = self.architecture.gate_up_down
         for expert in range(layer.count):
             for matrix in (gate, up):

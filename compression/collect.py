@@ -51,6 +51,7 @@ class RoutedTokens:
     def __init__(self, calls: list[Routed], probability_TE: Tensor, *, enough: int) -> None:
         """``probability_TE``: what the router thought of every expert. ``enough``: tokens up to which experts are topped up."""
         self.x_TD = torch.cat([call.x_TD.cpu() for call in calls])
+        self._moved_D: Tensor | None = None
         ids_TK = torch.cat([call.ids_TK.cpu() for call in calls])
         weights_TK = torch.cat([call.weights_TK.cpu().float() for call in calls])
         experts = probability_TE.shape[1]
@@ -70,7 +71,14 @@ class RoutedTokens:
         statistic = new(len(experts), self.x_TD.shape[1], device)
         for place, rows_SD, weight_S in self._rows(experts, device):
             statistic.add_rows(place, rows_SD, weight_S if weighted else None)
+        if self._moved_D is not None:
+            statistic.moved_EI = self._moved_D.to(device).expand(len(experts), -1)
         return statistic
+
+    def rescale_(self, factor_D: Tensor) -> None:
+        """Divide the tokens by ``factor_D``, with which the weights that they enter have been multiplied."""
+        self.x_TD = self.x_TD / factor_D.to(self.x_TD)
+        self._moved_D = factor_D if self._moved_D is None else self._moved_D * factor_D
 
     def inner_statistic(
         self, experts: range, new: NewStatistic, layer: MoELayer, device: torch.device, *, weighted: bool

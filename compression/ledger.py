@@ -30,7 +30,7 @@ def entries(
     """
     treatment, statistic = slimmed.treatment, slimmed.statistic
     weight_ERI = sample(slimmed.weight_EOI)
-    before_E = relative_error(weight_ERI, _without_calibration(weight_ERI, treatment), statistic)
+    before_E = relative_error(weight_ERI, _without_calibration(weight_ERI, treatment, slimmed.moved_EI), statistic)
     after_E = relative_error(weight_ERI, sample(slimmed.became_EOI), statistic)
     zeros_E = (slimmed.became_EOI == 0).flatten(1).double().mean(dim=1)
     rows: list[LedgerRow] = []
@@ -57,13 +57,15 @@ def entries(
     return rows
 
 
-def _without_calibration(weight_ERI: Tensor, treatment: Treatment) -> Tensor:
+def _without_calibration(weight_ERI: Tensor, treatment: Treatment, moved_EI: Tensor | None) -> Tensor:
+    moved_E1I = None if moved_EI is None else moved_EI[:, None].to(weight_ERI)
+    came_ERI = weight_ERI if moved_E1I is None else weight_ERI / moved_E1I
     if treatment.pattern is not None:
-        weight_ERI = magnitude.prune(weight_ERI, treatment.pattern)
-    if treatment.grid is None:
-        return weight_ERI
-    rounded = rtn.round_to_nearest(weight_ERI, treatment.grid)
-    return dequantize(rounded.codes_EOI, rounded.scale_EOG)
+        came_ERI = magnitude.prune(came_ERI, treatment.pattern)
+    if treatment.grid is not None:
+        rounded = rtn.round_to_nearest(came_ERI, treatment.grid)
+        came_ERI = dequantize(rounded.codes_EOI, rounded.scale_EOG)
+    return came_ERI if moved_E1I is None else came_ERI * moved_E1I
 
 
 def _error_of(statistic: Tensor | None) -> ErrorOf:

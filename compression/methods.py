@@ -53,7 +53,8 @@ def _undamped(weight_EOI: Tensor) -> Tensor:
 
 
 def _magnitude(weight_EOI: Tensor, statistic: Statistic | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    return magnitude.prune(weight_EOI, pattern), _undamped(weight_EOI)
+    moved_EI = None if statistic is None else statistic.moved_EI
+    return magnitude.prune(weight_EOI, pattern, moved_EI), _undamped(weight_EOI)
 
 
 def _wanda(weight_EOI: Tensor, statistic: Statistic | None, pattern: Pattern) -> tuple[Tensor, Tensor]:

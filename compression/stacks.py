@@ -56,6 +56,8 @@ class Slimmed:
     """The methods really used, for each expert."""
     damping_E: Tensor
     """The largest that one of the methods really used took; zero where none took any."""
+    moved_EI: Tensor | None = None
+    """What the weights were multiplied with, and their inputs divided by, before they were slimmed; None for nothing."""
 
     def outputs(self, part: slice) -> Slimmed:
         """Return the same for some of the outputs, as views."""
@@ -69,9 +71,9 @@ class Slimmed:
 def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treatment) -> Slimmed:
     """Prune and quantize a stack; an expert of whose inputs too little is known is slimmed without calibration."""
     experts, _, inputs = weight_EOI.shape
-    starved_E = torch.zeros(experts, dtype=torch.bool)
+    starved_E, moved_EI = torch.zeros(experts, dtype=torch.bool), None
     if statistic is not None:
-        starved_E = statistic.tokens_E < LEAST * inputs
+        starved_E, moved_EI = statistic.tokens_E < LEAST * inputs, statistic.moved_EI
     used: list[list[str]] = [[] for _ in range(experts)]
     became_EOI, quantized = weight_EOI, None
     damping_E = torch.zeros(experts, dtype=torch.float64)
@@ -82,7 +84,8 @@ def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treat
         plain_E = _plain(starved_E, found_E, needed=pruner.needs != "nothing")
         damping_E = torch.where(plain_E, 0.0, found_E)
         if plain_E.any():
-            became_EOI[plain_E] = magnitude.prune(weight_EOI[plain_E], treatment.pattern)
+            plainly_moved_EI = None if moved_EI is None else moved_EI[plain_E]
+            became_EOI[plain_E] = magnitude.prune(weight_EOI[plain_E], treatment.pattern, plainly_moved_EI)
         _note(used, plain_E, treatment.prune, pruner.fallback)
     if treatment.quantize is not None:
         assert treatment.grid is not None
@@ -97,7 +100,7 @@ def slim_stack(weight_EOI: Tensor, statistic: Statistic | None, treatment: Treat
         _note(used, plain_E, treatment.quantize, quantizer.fallback)
         became_EOI = dequantize(quantized.codes_EOI, quantized.scale_EOG)
     known = None if statistic is None else statistic.value
-    return Slimmed(treatment, weight_EOI, became_EOI, quantized, known, tuple(map(tuple, used)), damping_E)
+    return Slimmed(treatment, weight_EOI, became_EOI, quantized, known, tuple(map(tuple, used)), damping_E, moved_EI)
 
 
 def store_(saved: dict[str, Tensor], name: str, slimmed: Slimmed, place: int) -> int:

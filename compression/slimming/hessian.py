@@ -37,6 +37,8 @@ class Gram:
         self._finished = False
         self.tokens_E = torch.zeros(experts, dtype=torch.int64)
         """Tokens each expert was shown; on the host."""
+        self.moved_EI: Tensor | None = None
+        """What the inputs were divided by, and the weights that read them multiplied with; None for nothing."""
 
     def update(self, x_TI: Tensor) -> None:
         """Show the tokens to the only expert of a stack of one."""
@@ -75,6 +77,7 @@ class Gram:
     def rescale_(self, factor_EI: Tensor) -> None:
         """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
         self.value.div_(factor_EI[:, :, None]).div_(factor_EI[:, None])
+        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
 
 
 class InputNorm:
@@ -84,6 +87,8 @@ class InputNorm:
         self._sum_EI = torch.zeros(experts, width, dtype=torch.float64, device=device)
         self.tokens_E = torch.zeros(experts, dtype=torch.int64)
         """Tokens each expert was shown; on the host."""
+        self.moved_EI: Tensor | None = None
+        """What the inputs were divided by, and the weights that read them multiplied with; None for nothing."""
 
     def update(self, x_TI: Tensor) -> None:
         """Show the tokens to the only expert of a stack of one."""
@@ -109,6 +114,7 @@ class InputNorm:
     def rescale_(self, factor_EI: Tensor) -> None:
         """Turn the statistic into that of inputs divided by ``factor_EI``."""
         self._sum_EI.div_(factor_EI.square())
+        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
 
 
 Statistic = Gram | InputNorm

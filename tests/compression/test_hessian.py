@@ -347,3 +347,16 @@ def test_an_input_that_never_fires_leaves_the_others_as_they_are_without_it():
     _, alone_EI = damped_factors_(torch.empty_like(without_EII), without_EII, natural_order(without_EII), damping=damping.item())
 
     assert left_EI[0, others_I].tolist() == pytest.approx(alone_EI[0].tolist(), rel=1e-4)  # float32, in another order
+
+
+@pytest.mark.parametrize("kind", [Gram, InputNorm])
+def test_a_statistic_remembers_all_that_its_inputs_were_divided_by(kind: type[Statistic]):
+    statistic = kind(1, 3)
+    statistic.update(tokens(20, 3))
+
+    assert statistic.moved_EI is None
+    statistic.rescale_(torch.tensor([[2.0, 1.0, 0.5]]))
+    statistic.rescale_(torch.tensor([[4.0, 1.0, 4.0]]))
+
+    assert statistic.moved_EI is not None
+    assert statistic.moved_EI.tolist() == [[8.0, 1.0, 2.0]]

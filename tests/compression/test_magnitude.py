@@ -76,3 +76,13 @@ def test_the_argument_is_left_alone():
     prune(weight_EOI, NOfM(2, 4))
 
     assert torch.equal(weight_EOI, before_EOI)
+
+
+@pytest.mark.parametrize("pattern", [NOfM(1, 2), Unstructured(0.5)])
+def test_weights_that_were_multiplied_since_they_came_are_compared_as_they_came(pattern: NOfM | Unstructured):
+    came_EOI, moved_EI = weights(2, 6, 8), torch.tensor([[0.25, 1, 4, 2, 1, 64, 1, 0.5], [8.0, 1, 1, 1, 1, 1, 1, 1]])
+
+    pruned_EOI = prune(came_EOI * moved_EI[:, None], pattern, moved_EI)
+
+    assert torch.equal(pruned_EOI, prune(came_EOI, pattern) * moved_EI[:, None])
+    assert not torch.equal(pruned_EOI, prune(came_EOI * moved_EI[:, None], pattern))

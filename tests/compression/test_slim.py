@@ -177,3 +177,61 @@ def test_the_tensors_that_the_reader_handed_out_stay_as_they_were(tiny_model_fac
         slim_(saved, block, slimming, stream=stream, architecture=architecture, index=index)
 
     assert [name for name in given if not torch.equal(given[name], before[name])] == []
+
+
+def slimmed_first_mixture(folder, model_type, slimming):
+    """What becomes of a family's first mixture when some of its channels are loud: the ledger by name, and what is saved."""
+    shell, saved, stream, index = first_mixture(folder, model_type)
+    for hidden_BSD in stream.hidden:
+        hidden_BSD[..., 5:9] *= 23
+    norm = saved[f"model.layers.{index}.post_attention_layernorm.weight"]
+    with shell.live(index, saved) as block:
+        rows = slim_(saved, block, slimming, stream=stream, architecture=ARCHITECTURES[model_type], index=index)
+    moved = not torch.equal(saved[f"model.layers.{index}.post_attention_layernorm.weight"], norm)
+    return {row.tensor: row for row in rows}, saved, moved
+
+
+@torch.no_grad()
+def test_what_rounding_alone_would_have_lost_is_told_of_the_weights_as_they_came(tiny_model_factory):
+    # Where errors do not propagate, both methods see the very same inputs.
+    settings = {"group_size": 32, "attention": "W8A16", "propagate_error": False}
+    folder = tiny_model_factory("mixtral", dtype="bfloat16")
+
+    by_gptq, _, _ = slimmed_first_mixture(folder, "mixtral", Slimming(None, Quantize(method="gptq", **settings)))
+    by_awq, _, moved = slimmed_first_mixture(folder, "mixtral", Slimming(None, Quantize(method="awq", **settings)))
+
+    assert moved
+    assert by_gptq.keys() == by_awq.keys()
+    # The rows of up_proj are scaled too, each by itself: they count otherwise among themselves.
+    names = [name for name in by_awq if ".w3." not in name]
+    assert {name: by_awq[name].error_before for name in names} == {name: by_gptq[name].error_before for name in names}
+    assert by_awq["model.layers.0.block_sparse_moe.experts.2.w1.weight"].error_before > 0
+
+
+@torch.no_grad()
+def test_moving_scales_does_not_change_which_weights_are_small(tiny_model_factory):
+    folder, prune = tiny_model_factory("mixtral", dtype="bfloat16"), Prune(method="magnitude", sparsity=0.5)
+
+    _, pruned, _ = slimmed_first_mixture(folder, "mixtral", Slimming(prune, None))
+    _, stored, moved = slimmed_first_mixture(
+        folder, "mixtral", Slimming(prune, Quantize(method="awq", scheme="W8A16", group_size=32))
+    )
+
+    assert moved
+    for expert in range(8):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+        assert not unpack(stored[f"{name}_packed"], 8, 64)[pruned[name] == 0].any()
+
+
+@torch.no_grad()
+def test_a_shared_expert_that_is_pruned_and_kept_has_no_say_in_the_scales_it_is_given(tiny_model_factory):
+    slimming = Slimming(
+        Prune(method="wanda", sparsity=0.5, shared_experts=True), Quantize(method="awq", group_size=32, attention="W8A16")
+    )
+
+    rows, saved, moved = slimmed_first_mixture(tiny_model_factory("qwen2_moe", dtype="bfloat16"), "qwen2_moe", slimming)
+
+    assert moved
+    name = "model.layers.0.mlp.shared_expert.up_proj.weight"
+    assert (rows[name].method_used, rows[name].scheme, rows[name].zeros) == ("wanda", "keep", 0.5)
+    assert (saved[name] == 0).double().mean() == 0.5
