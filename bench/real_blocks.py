@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python -m bench.real_blocks   without one: a few experts and tokens, extrapolated, and said to be
 
 Per matrix stack: Gram matrices from bf16 tokens, GPTQ with its scale search, packing. Making tokens and weights is not timed;
-reading, forward passes and writing are not part of it. --experts N takes N of a block's experts, --tokens N shows N tokens to each.
+reading, forward passes and writing are not part of it. --experts N takes N of a block's experts, --tokens N shows N tokens
+to each.
 
 Shapes: E experts, O output features, I input features, T tokens.
 """
