@@ -3,8 +3,9 @@
     python -m bench.real_blocks                     on a GPU: whole blocks, as many tokens as 512 x 2048 send to each expert
     OMP_NUM_THREADS=1 python -m bench.real_blocks   without one: a few experts and tokens, extrapolated, and said to be
 
-Per matrix stack: Gram matrices from bf16 tokens, scale search, GPTQ, packing. Making tokens and weights is not timed; reading,
-forward passes and writing are not part of it. --experts N takes N of a block's experts, --tokens N shows N tokens to each.
+Per matrix stack: Gram matrices from bf16 tokens, GPTQ with its scale search, packing. Making tokens and weights is not timed;
+reading, forward passes and writing are not part of it. --experts N takes N of a block's experts, --tokens N shows N tokens
+to each.
 
 Shapes: E experts, O output features, I input features, T tokens.
 """
@@ -23,14 +24,14 @@ import torch
 
 from compression.checkpoint.packing import pack
 from compression.slimming.gptq import quantize
-from compression.slimming.grid import Grid, search_scales
+from compression.slimming.grid import Grid
 from compression.slimming.hessian import Gram
 
 GRID = Grid(bits=4, group_size=128)
 CALIBRATION_TOKENS = 512 * 2048
 TOKENS_ON_CPU = 512
 TOKENS_AT_ONCE = 2**13
-STEPS = ("gram", "scales", "solve", "pack")
+STEPS = ("gram", "solve", "pack")
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,9 @@ def measure(experts: int, outputs: int, inputs: int, tokens: int, device: torch.
             with costs.step("gram"):
                 gram.add_rows(expert, x_TI)
     with costs.step("gram"):
-        gram_EII = gram.value_EII
-    with costs.step("scales"):
-        scale_EOG = search_scales(weight_EOI, GRID)
+        gram_EII = gram.value
     with costs.step("solve"):
-        quantized, _ = quantize(weight_EOI, gram_EII, GRID, scale_EOG=scale_EOG)
+        quantized, _ = quantize(weight_EOI, gram_EII, GRID)
     with costs.step("pack"):
         for codes_OI in quantized.codes_EOI:
             pack(codes_OI, GRID.bits)
