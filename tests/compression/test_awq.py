@@ -61,7 +61,7 @@ def test_the_exponent_zero_scales_nothing_and_one_makes_inputs_equally_loud():
 
 @exponents
 def test_inputs_that_never_fire_keep_a_scale_of_one_and_move_no_other(exponent: float):
-    heard_EI = loudness(2, 60)
+    heard_EI = 1000 * loudness(2, 60)
     with_silent_EI = torch.cat([heard_EI, torch.zeros(2, 40)], dim=1)
 
     scale_EI = input_scales(with_silent_EI, exponent)

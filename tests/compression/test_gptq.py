@@ -247,7 +247,7 @@ def test_float_codes_lose_less_of_the_output_than_rounding_on_correlated_inputs(
     assert (quantized.codes_EOI.dtype, quantized.scale_EOG.shape) == (torch.float8_e4m3fn, (4, 16, 1))
     assert damping_E.tolist() == [0.01] * 4
     rounded_E = output_error(weight_EOI, round_to_nearest(weight_EOI, grid), gram_EII)
-    assert (output_error(weight_EOI, quantized, gram_EII) < 0.6 * rounded_E).all()
+    assert (output_error(weight_EOI, quantized, gram_EII) < 0.4 * rounded_E).all()
 
 
 def test_with_an_identity_gram_matrix_float_codes_are_round_to_nearest():

@@ -240,7 +240,7 @@ def test_every_float_code_is_its_own_nearest(dtype: torch.dtype):
 
 @pytest.mark.parametrize("too_large", [449.0, 464.0, 480.0, 1e4, 3e38, float("inf")])
 def test_what_no_float_code_reaches_is_clamped_to_448_and_never_nan(too_large: float):
-    # The dtype's own conversion makes NaN of what lies beyond 464.
+    # What the dtype's own conversion makes of more than 464, NaN or 448, depends on the release of torch.
     assert float_codes(torch.tensor([too_large, -too_large])).tolist() == [448, -448]
 
 
@@ -284,6 +284,16 @@ def test_the_search_for_floats_loses_no_more_than_the_scale_everybody_takes(dtyp
 
     assert (found_EO <= plain_EO * (1 + 1e-5)).all()  # errors are summed in float32
     assert found_EO.sum() < 0.9 * plain_EO.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_float_codes_already_are_kept_on_the_scale_that_they_came_with(dtype: torch.dtype):
+    weight_EOI = (e4m3() * 2**-6).to(dtype).view(1, 1, -1)  # 448 among them, and subnormals that no larger scale reaches
+
+    scale_EOG = search_scales(weight_EOI, FloatGrid())
+
+    assert scale_EOG.item() == 2**-6
+    assert torch.equal(dequantize(quantize(weight_EOI, scale_EOG, FloatGrid()), scale_EOG), weight_EOI)
 
 
 def slow_weighted_scales(weight_EOI: Tensor, grid: AnyGrid, importance_EI: Tensor) -> tuple[Tensor, Tensor]:
