@@ -28,7 +28,7 @@ from compression.slimming.hessian import Statistic
 from compression.sweep import Stream
 
 ENOUGH = 2
-"""Tokens per input from which second-order methods reliably beat rounding; experts are topped up to it."""
+"""Tokens per input up to which starved experts are topped up: decision record 0015."""
 
 _STATISTIC_BYTES = 4 * 2**30
 """Gram matrices held at once, at most: beyond this size a longer stack gains nothing."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compression.report import LedgerRow
 from compression.slimming import magnitude, rtn
-from compression.slimming.damage import relative_error, sample
+from compression.slimming.damage import relative_errors, sample
 from compression.slimming.grid import dequantize
 from compression.stacks import Slimmed, Treatment
 
@@ -30,8 +30,8 @@ def entries(
     """
     treatment, statistic = slimmed.treatment, slimmed.statistic
     weight_ERI = sample(slimmed.weight_EOI)
-    before_E = relative_error(weight_ERI, _without_calibration(weight_ERI, treatment, slimmed.moved_EI), statistic)
-    after_E = relative_error(weight_ERI, sample(slimmed.became_EOI), statistic)
+    ways = [_without_calibration(weight_ERI, treatment, slimmed.moved_EI), sample(slimmed.became_EOI)]
+    before_E, after_E = relative_errors(weight_ERI, ways, statistic)
     zeros_E = (slimmed.became_EOI == 0).flatten(1).double().mean(dim=1)
     rows: list[LedgerRow] = []
     for place, name in enumerate(names):

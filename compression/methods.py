@@ -23,7 +23,7 @@ from compression.trimming import Cuts, block_drop, expert_drop
 Needs = Literal["nothing", "input_norm", "gram"]
 """What a method must know of a weight's inputs, least first."""
 NEEDS: tuple[Needs, ...] = ("nothing", "input_norm", "gram")
-STATISTICS: dict[Needs, type[Statistic]] = {"input_norm": InputNorm, "gram": Gram}
+STATISTICS: dict[Needs, type[Gram | InputNorm]] = {"input_norm": InputNorm, "gram": Gram}
 
 
 @dataclass(frozen=True)

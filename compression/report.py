@@ -179,7 +179,9 @@ def _of_ledger(ledger: tuple[LedgerRow, ...]) -> list[str]:
     if plain := [row for row in ledger if row.method_used != row.method_asked]:
         names = _listed([row.tensor for row in plain])
         ways = " and ".join(sorted({row.method_used for row in plain}))
-        news.append(f"{len(plain)} of {len(ledger)} weights saw too few calibration tokens and were slimmed by {ways}: {names}.")
+        news.append(
+            f"{len(plain)} of {len(ledger)} weights had too little calibration to go by and were slimmed by {ways}: {names}."
+        )
     if experts := list(dict.fromkeys(_owner(row.tensor) for row in ledger if row.tokens == 0)):
         news.append(f"{len(experts)} experts or layers saw no calibration token of their own: {_listed(experts)}.")
     if starved := [row for row in ledger if row.tokens_topped_up and row.tokens]:

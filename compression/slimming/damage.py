@@ -9,6 +9,8 @@ Shapes: E experts, O output features, I input features, R outputs that are looke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,16 @@ def sample(weight_EOI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def relative_error(weight_ERI: Tensor, became_ERI: Tensor, statistic: Tensor | None) -> Tensor:
-    """Return, per expert, the squared error relative to the size of what is right, in float64 on the host.
+def relative_errors(weight_ERI: Tensor, ways: Sequence[Tensor], statistic: Tensor | None) -> list[Tensor]:
+    """Return, for each thing that could become of the weights, the squared error per expert relative to what is right.
 
-    ``statistic``: Gram matrices [E, I, I], mean squares of inputs [E, I], or None. Zero where there is no error: an
-    expert without tokens has no output to get wrong. NaN if the statistic is.
+    ``statistic``: Gram matrices [E, I, I], mean squares of inputs [E, I], or None. Float64, on the host. Zero where there is
+    no error: an expert without tokens has no output to get wrong. NaN if the statistic is.
     """
-    lost_E = energy(weight_ERI.float() - became_ERI.float(), statistic)
-    return torch.where(lost_E == 0, 0.0, lost_E / energy(weight_ERI.float(), statistic)).cpu()
+    right_ERI = weight_ERI.float()
+    right_E = energy(right_ERI, statistic)
+    lost = [energy(right_ERI - became_ERI.float(), statistic) for became_ERI in ways]
+    return [torch.where(lost_E == 0, 0.0, lost_E / right_E).cpu() for lost_E in lost]
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ Shapes: E experts, I input features, T tokens, K experts chosen per token, S tok
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,10 @@ _TRIES = 4
 """Dampings tried, each ten times the one before, until an expert is given up."""
 
 
-class Gram:
-    """The mean outer product of each expert's inputs over all calibration tokens seen so far."""
+class Statistic(ABC):
+    """What is known of the inputs of a stack of experts."""
 
-    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
-        self._sum_EII = torch.zeros(experts, width, width, dtype=torch.float32, device=device)
-        self._finished = False
+    def __init__(self, experts: int) -> None:
         self.tokens_E = torch.zeros(experts, dtype=torch.int64)
         """Tokens each expert was shown; on the host."""
         self.moved_EI: Tensor | None = None
@@ -44,6 +44,37 @@ class Gram:
         """Show the tokens to the only expert of a stack of one."""
         assert self.tokens_E.numel() == 1, "a stack of experts needs add_rows"
         self.add_rows(0, x_TI)
+
+    @abstractmethod
+    def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
+        """Show tokens to one expert, each counted ``weight_S`` times where given."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic of each expert, zero where it saw no token."""
+
+    @property
+    @abstractmethod
+    def mean_square_EI(self) -> Tensor:
+        """The mean square of each input."""
+
+    def rescale_(self, factor_EI: Tensor) -> None:
+        """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
+        self._divide_(factor_EI)
+        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
+
+    @abstractmethod
+    def _divide_(self, factor_EI: Tensor) -> None: ...
+
+
+class Gram(Statistic):
+    """The mean outer product of each expert's inputs over all calibration tokens seen so far."""
+
+    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(experts)
+        self._sum_EII = torch.zeros(experts, width, width, dtype=torch.float32, device=device)
+        self._finished = False
 
     @torch.no_grad()
     def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
@@ -74,26 +105,16 @@ class Gram:
         """The mean square of each input; ends the counting, too."""
         return self.value.diagonal(dim1=1, dim2=2)
 
-    def rescale_(self, factor_EI: Tensor) -> None:
-        """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
+    def _divide_(self, factor_EI: Tensor) -> None:
         self.value.div_(factor_EI[:, :, None]).div_(factor_EI[:, None])
-        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
 
 
-class InputNorm:
+class InputNorm(Statistic):
     """The mean square of each input feature of each expert over all calibration tokens seen so far."""
 
     def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(experts)
         self._sum_EI = torch.zeros(experts, width, dtype=torch.float64, device=device)
-        self.tokens_E = torch.zeros(experts, dtype=torch.int64)
-        """Tokens each expert was shown; on the host."""
-        self.moved_EI: Tensor | None = None
-        """What the inputs were divided by, and the weights that read them multiplied with; None for nothing."""
-
-    def update(self, x_TI: Tensor) -> None:
-        """Show the tokens to the only expert of a stack of one."""
-        assert self.tokens_E.numel() == 1, "a stack of experts needs add_rows"
-        self.add_rows(0, x_TI)
 
     @torch.no_grad()
     def add_rows(self, expert: int, rows_SI: Tensor, weight_S: Tensor | None = None) -> None:
@@ -111,13 +132,8 @@ class InputNorm:
         """The same, by the name that both statistics have for it."""
         return self.value
 
-    def rescale_(self, factor_EI: Tensor) -> None:
-        """Turn the statistic into that of inputs divided by ``factor_EI``."""
+    def _divide_(self, factor_EI: Tensor) -> None:
         self._sum_EI.div_(factor_EI.square())
-        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
-
-
-Statistic = Gram | InputNorm
 
 
 def _weighed(x_SI: Tensor, weight_S: Tensor | None) -> Tensor:

@@ -6,11 +6,13 @@ nearest. Each returns nothing but the folder, and leaves beside it in ``dense`` 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.architectures import Architecture, find_architecture
@@ -99,3 +101,13 @@ def _write(source: Path, out: Path, extra: dict[str, Any], store: Callable[[str,
     for writer in (small, whole):
         writer.finish(source)
     return whole.folder
+
+
+def tampered(artifact: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Return a copy of an artifact in whose second block's shard something was changed."""
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    shard = copy / "model-00003-of-00005.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    return copy

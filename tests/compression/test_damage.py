@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from compression.slimming import magnitude
-from compression.slimming.damage import relative_error, sample
+from compression.slimming.damage import relative_errors, sample
 from compression.slimming.masks import NOfM
-from tests.compression.test_gptq import correlated_tokens, grams, weights
+from tests.compression.test_gptq import correlated_tokens, grams, relative_error, weights
 
 
 def test_output_error_is_the_lost_share_of_the_outputs_energy():
@@ -49,6 +49,16 @@ def test_with_mean_squares_alone_inputs_count_as_uncorrelated():
 
     assert error_E.item() == pytest.approx(3 / 19)
     assert relative_error(weight_EOI, became_EOI, torch.diag(torch.tensor([3.0, 4.0]))[None]).item() == pytest.approx(3 / 19)
+
+
+def test_several_ways_are_each_told_as_if_alone():
+    weight_EOI, gram_EII = weights(2, 4, 32), grams(2, 32)
+    ways = [magnitude.prune(weight_EOI, NOfM(2, 4)), weight_EOI, 0 * weight_EOI]
+
+    together = relative_errors(weight_EOI, ways, gram_EII)
+
+    assert [error_E.tolist() for error_E in together] == [relative_error(weight_EOI, way, gram_EII).tolist() for way in ways]
+    assert together[2].tolist() == [1.0, 1.0]
 
 
 def test_without_calibration_it_is_the_share_of_the_weight_itself():

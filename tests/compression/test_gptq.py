@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compression.slimming import feedback, gptq
 from compression.slimming.awq import round_weighted
-from compression.slimming.damage import relative_error
+from compression.slimming.damage import relative_errors
 from compression.slimming.grid import AnyGrid, FloatGrid, Grid, Quantized, dequantize, quantize, search_scales
 from compression.slimming.rtn import round_to_nearest
 
@@ -42,6 +42,10 @@ def grams(experts: int, width: int, *, tokens: int | None = None) -> Tensor:
     stack_ETI = torch.stack([correlated_tokens(count, width, seed) for seed in range(experts)])
     gram_EII = stack_ETI.mT @ stack_ETI / count
     return (gram_EII + gram_EII.mT) / 2
+
+
+def relative_error(weight_EOI: Tensor, became_EOI: Tensor, statistic: Tensor | None) -> Tensor:
+    return relative_errors(weight_EOI, [became_EOI], statistic)[0]
 
 
 def widest_scales(weight_EOI: Tensor, grid: Grid) -> Tensor:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from compression.methods import NEEDS, PRUNERS, QUANTIZERS, STATISTICS, pattern_of
 from compression.recipe import Prune
-from compression.slimming.damage import relative_error
 from compression.slimming.grid import AnyGrid, FloatGrid, Grid, dequantize
 from compression.slimming.hessian import Gram
 from compression.slimming.masks import NOfM, Pattern, Unstructured
-from tests.compression.test_gptq import correlated_tokens, weights
+from tests.compression.test_gptq import correlated_tokens, relative_error, weights
 
 EXPERTS, OUTPUTS, INPUTS = 3, 8, 128
 

@@ -94,7 +94,7 @@ def test_a_weight_that_was_slimmed_otherwise_than_asked_is_named_with_what_was_u
     told = news(row(), rounded, both)
 
     assert told[0] == (
-        "2 of 3 weights saw too few calibration tokens and were slimmed by magnitude+rtn and rtn: a.weight, b.weight."
+        "2 of 3 weights had too little calibration to go by and were slimmed by magnitude+rtn and rtn: a.weight, b.weight."
     )
 
 

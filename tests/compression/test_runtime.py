@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.architectures import ARCHITECTURES
@@ -22,7 +21,7 @@ from compression.errors import BrokenCheckpoint, QuantizedSource, VerificationFa
 from compression.evaluation.verification import verify
 from compression.plan import make_plan
 from compression.runtime.slimtrim_runtime import open_model
-from tests.compression.made_artifacts import pruned
+from tests.compression.made_artifacts import pruned, tampered
 from tests.compression.made_checkpoints import request
 from tests.tiny_models import MODEL_TYPES
 
@@ -161,15 +160,6 @@ def test_an_artifact_without_the_loader_that_it_needs_is_refused(artifact, tmp_p
 
 
 NAME = "model.layers.1.block_sparse_moe.experts.3.w1"
-
-
-def tampered(artifact: Path, tmp_path: Path, change) -> Path:
-    copy = shutil.copytree(artifact, tmp_path / "copy")
-    shard = copy / "model-00003-of-00005.safetensors"
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard, {"format": "pt"})
-    return copy
 
 
 def move_a_bit(tensors):

@@ -22,14 +22,16 @@ from compression.slimming.masks import NOfM, Unstructured
 from tests.compression.test_collect import CPU, first_mixture
 
 
+def mixture_and_its_down_proj(tiny_model_factory):
+    shell, saved, stream, index = first_mixture(tiny_model_factory("mixtral"), "mixtral")
+    prefix = ARCHITECTURES["mixtral"].experts_prefix(index)
+    return shell, saved, stream, index, prefix, torch.stack([saved[f"{prefix}.{e}.w2.weight"] for e in range(8)])
+
+
 @torch.no_grad()
 def test_down_proj_is_solved_on_what_the_already_quantized_gate_and_up_feed_it(tiny_model_factory):
-    shell, saved, stream, index = first_mixture(tiny_model_factory("mixtral"), "mixtral")
-    architecture, slimming = ARCHITECTURES["mixtral"], Slimming(None, Quantize(scheme="W4A16", group_size=32))
-    prefix = architecture.experts_prefix(index)
-    down_EDF = torch.stack([saved[f"{prefix}.{e}.w2.weight"] for e in range(8)])
-    # All tokens of 96 are fewer than down_proj has inputs, and it would be rounded: count them twice.
-    stream.hidden, stream._calls = stream.hidden * 2, stream._calls * 2
+    slimming, architecture = Slimming(None, Quantize(scheme="W4A16", group_size=32)), ARCHITECTURES["mixtral"]
+    shell, saved, stream, index, prefix, down_EDF = mixture_and_its_down_proj(tiny_model_factory)
     with shell.live(index, saved) as block:
         layer = moe_layer(architecture, block)
         routed = collect(index, block, stream, {}, new=Gram, architecture=architecture, advance=False).routed
@@ -49,12 +51,9 @@ def test_down_proj_is_solved_on_what_the_already_quantized_gate_and_up_feed_it(t
 
 @torch.no_grad()
 def test_where_errors_do_not_propagate_down_proj_is_solved_on_the_untouched_gate_and_up(tiny_model_factory):
-    shell, saved, stream, index = first_mixture(tiny_model_factory("mixtral"), "mixtral")
-    architecture = ARCHITECTURES["mixtral"]
-    slimming = Slimming(None, Quantize(scheme="W4A16", group_size=32, propagate_error=False))
-    prefix = architecture.experts_prefix(index)
-    down_EDF = torch.stack([saved[f"{prefix}.{e}.w2.weight"] for e in range(8)])
-    stream.hidden, stream._calls = stream.hidden * 2, stream._calls * 2
+    step, architecture = Quantize(scheme="W4A16", group_size=32, propagate_error=False), ARCHITECTURES["mixtral"]
+    slimming = Slimming(None, step)
+    shell, saved, stream, index, prefix, down_EDF = mixture_and_its_down_proj(tiny_model_factory)
     with shell.live(index, saved) as block:
         layer = moe_layer(architecture, block)
         routed = collect(index, block, stream, {}, new=Gram, architecture=architecture, advance=False).routed
@@ -81,7 +80,6 @@ def test_chunks_of_experts_give_the_bits_of_the_whole_stack(tiny_model_factory, 
     results = []
     for size in (8, 3, 1):
         shell, saved, stream, index = first_mixture(tiny_model_factory("olmoe"), "olmoe")
-        stream.hidden, stream._calls = stream.hidden * 2, stream._calls * 2
         monkeypatch.setattr("compression.slim.experts_at_once", lambda layer, size=size: size)
         monkeypatch.setattr("compression.balance.experts_at_once", lambda layer, size=size: size)
         with shell.live(index, saved) as block:

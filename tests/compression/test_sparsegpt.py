@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from compression.slimming import feedback, magnitude, sparsegpt, wanda
-from compression.slimming.damage import relative_error
 from compression.slimming.masks import NOfM, Pattern, Unstructured
-from tests.compression.test_gptq import correlated_tokens, grams, indefinite, weights
+from tests.compression.test_gptq import correlated_tokens, grams, indefinite, relative_error, weights
 
 CASES = [  # outputs, inputs, pattern: groups that share no factor with blocks of 8, 64 and 128, and such as do
     (16, 64, NOfM(2, 4)),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.architectures import ARCHITECTURES
 from compression.errors import BrokenCheckpoint, VerificationFailed
 from compression.evaluation.verification import in_windows, verify
 from compression.pipeline import compress
+from tests.compression.made_artifacts import tampered
 from tests.compression.test_pipeline import GPTQ, a_request
 from tests.tiny_models import MODEL_TYPES
 
@@ -41,15 +39,6 @@ def check(folder, logits_BSV, *, whole=True):
         whole=whole,
         on_block=lambda *_: None,
     )
-
-
-def tampered(artifact, tmp_path, change):
-    copy = shutil.copytree(artifact, tmp_path / "copy")
-    shard = copy / "model-00003-of-00005.safetensors"
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard, {"format": "pt"})
-    return copy
 
 
 @pytest.mark.parametrize("whole", [True, False])
