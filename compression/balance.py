@@ -104,6 +104,7 @@ class _Balancing:
         for name in names:
             self._scale_(f"{name}.weight", factor_I)
         for statistic in {id(statistic): statistic for statistic in calibrated.values()}.values():
+            assert isinstance(statistic, Gram)  # which AWQ asks for
             statistic.rescale_(factor_I[None])
         if layer is not None:
             self._scale_experts_(layer, factor_I)

@@ -59,14 +59,6 @@ class Statistic(ABC):
     def mean_square_EI(self) -> Tensor:
         """The mean square of each input."""
 
-    def rescale_(self, factor_EI: Tensor) -> None:
-        """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
-        self._divide_(factor_EI)
-        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
-
-    @abstractmethod
-    def _divide_(self, factor_EI: Tensor) -> None: ...
-
 
 class Gram(Statistic):
     """The mean outer product of each expert's inputs over all calibration tokens seen so far."""
@@ -105,8 +97,10 @@ class Gram(Statistic):
         """The mean square of each input; ends the counting, too."""
         return self.value.diagonal(dim1=1, dim2=2)
 
-    def _divide_(self, factor_EI: Tensor) -> None:
+    def rescale_(self, factor_EI: Tensor) -> None:
+        """Turn the statistic into that of inputs divided by ``factor_EI``; exact for powers of two."""
         self.value.div_(factor_EI[:, :, None]).div_(factor_EI[:, None])
+        self.moved_EI = factor_EI if self.moved_EI is None else self.moved_EI * factor_EI
 
 
 class InputNorm(Statistic):
@@ -131,9 +125,6 @@ class InputNorm(Statistic):
     def mean_square_EI(self) -> Tensor:
         """The same, by the name that both statistics have for it."""
         return self.value
-
-    def _divide_(self, factor_EI: Tensor) -> None:
-        self._sum_EI.div_(factor_EI.square())
 
 
 def _weighed(x_SI: Tensor, weight_S: Tensor | None) -> Tensor:

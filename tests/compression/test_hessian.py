@@ -206,6 +206,16 @@ def test_damping_rises_tenfold_for_the_experts_that_fail_and_for_them_alone():
     assert torch.equal(factor_EII[0], alone_EII[0])
 
 
+def test_what_is_left_of_an_input_is_told_for_the_expert_that_needed_more_damping_too():
+    # 1 + 0.01 and, of the second, 1 + 0.1: the last input keeps its mean square, the first what the last cannot stand in for.
+    gram_EII = torch.tensor([[[1.0, 0.5], [0.5, 1.0]], [[1.0, 1.05], [1.05, 1.0]]])
+
+    _, left_EI = damped_factors_(torch.empty_like(gram_EII), gram_EII, natural_order(gram_EII), damping=0.01)
+
+    assert left_EI[0].tolist() == pytest.approx([1.01 - 0.25 / 1.01, 1.01])
+    assert left_EI[1].tolist() == pytest.approx([1.1 - 1.05**2 / 1.1, 1.1], rel=1e-5)  # float32, nearly cancelling
+
+
 @pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), -1.0])
 def test_a_hopeless_matrix_is_given_up_and_repairs_nothing(poison: float):
     gram_EII = torch.full((1, 70, 70), poison)
@@ -349,9 +359,8 @@ def test_an_input_that_never_fires_leaves_the_others_as_they_are_without_it():
     assert left_EI[0, others_I].tolist() == pytest.approx(alone_EI[0].tolist(), rel=1e-4)  # float32, in another order
 
 
-@pytest.mark.parametrize("kind", [Gram, InputNorm])
-def test_a_statistic_remembers_all_that_its_inputs_were_divided_by(kind: type[Statistic]):
-    statistic = kind(1, 3)
+def test_a_gram_matrix_remembers_all_that_its_inputs_were_divided_by():
+    statistic = Gram(1, 3)
     statistic.update(tokens(20, 3))
 
     assert statistic.moved_EI is None

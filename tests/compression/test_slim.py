@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from compression.architectures import ARCHITECTURES
+from compression.balance import balance_down
+from compression.block import Shell
 from compression.checkpoint.packing import unpack
+from compression.checkpoint.reader import Reader
 from compression.collect import collect
 from compression.errors import NonFiniteWeights
 from compression.moe import moe_layer
@@ -19,7 +22,8 @@ from compression.slimming import gptq
 from compression.slimming.grid import FloatGrid, Grid, dequantize
 from compression.slimming.hessian import Gram
 from compression.slimming.masks import NOfM, Unstructured
-from tests.compression.test_collect import CPU, first_mixture
+from compression.sweep import Stream
+from tests.compression.test_collect import CPU, IDS_NS, first_mixture
 
 
 def mixture_and_its_down_proj(tiny_model_factory):
@@ -233,3 +237,26 @@ def test_a_shared_expert_that_is_pruned_and_kept_has_no_say_in_the_scales_it_is_
     name = "model.layers.0.mlp.shared_expert.up_proj.weight"
     assert (rows[name].method_used, rows[name].scheme, rows[name].zeros) == ("wanda", "keep", 0.5)
     assert (saved[name] == 0).double().mean() == 0.5
+
+
+@pytest.mark.parametrize(("model_type", "index", "setting"), [("qwen2_moe", 0, "shared_experts"), ("deepseek_v3", 0, "dense")])
+def test_what_enters_down_proj_is_scaled_by_way_of_up_proj_outside_the_experts_too(
+    tiny_model_factory, monkeypatch, model_type, index, setting
+):
+    scaled = []
+
+    def noted(weight_EOI, *rest):
+        scaled.append(tuple(weight_EOI.shape))
+        return balance_down(weight_EOI, *rest)
+
+    monkeypatch.setattr("compression.slim.balance_down", noted)
+    reader, architecture = Reader(tiny_model_factory(model_type)), ARCHITECTURES[model_type]
+    shell, saved = Shell(reader.config, reader.outside()), reader.block(index)
+    stream = Stream(shell, IDS_NS)
+    part = next(name for name in saved if name.endswith("down_proj.weight") and ".experts." not in name)
+    shape = tuple(saved[part].shape)
+    with shell.live(index, saved) as block:
+        slimming = Slimming(None, Quantize(method="awq", scheme="W4A16", group_size=32, **{setting: "W4A16"}))
+        slim_(saved, block, slimming, stream=stream, architecture=architecture, index=index)
+
+    assert (1, *shape) in scaled

@@ -122,6 +122,8 @@ def test_every_method_stores_every_scheme_so_that_the_stock_loader_opens_it(
     assert {row.method_used for row in report.ledger} == {method}
     before, after = (sum(getattr(row, part) for row in report.ledger) for part in ("error_before", "error_after"))
     assert after == before if method == "rtn" else after < before
+    rules = "checked on the plan, engine not run" if profile == "portable" else "not followed"
+    assert report.verification.rules_of_vllm == rules
 
 
 def test_every_component_is_stored_by_its_own_scheme(two_blocks, tmp_path):

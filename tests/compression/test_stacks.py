@@ -93,6 +93,15 @@ def test_with_two_steps_each_falls_back_by_its_own_name_and_zeros_stay():
     assert ((slimmed.became_EOI.unflatten(2, (-1, 4)) != 0).sum(3) <= 2).all()
 
 
+def test_the_damping_told_is_the_larger_of_what_two_steps_took():
+    statistic = fed(Gram, 2 * INPUTS)
+
+    pruned = slim_stack(weights(1), statistic, treatment("sparsegpt", "rtn", pattern=PAIRS, grid=W4))
+    rounded = slim_stack(weights(1), statistic, treatment("magnitude", "gptq", pattern=PAIRS, grid=W4))
+
+    assert pruned.damping_E.tolist() == rounded.damping_E.tolist() == [0.01]
+
+
 @pytest.mark.parametrize(
     ("way", "fallback"),
     [
