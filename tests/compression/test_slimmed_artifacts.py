@@ -202,11 +202,12 @@ def test_how_a_method_is_calibrated_is_felt_in_what_it_stores(two_blocks, tmp_pa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["keep", "W4A16"])
 @pytest.mark.parametrize("propagate_error", [True, False])
 def test_a_block_is_calibrated_on_what_the_blocks_before_it_give_as_they_are_or_as_they_were(
-    two_blocks, tmp_path, propagate_error
+    two_blocks, tmp_path, propagate_error, attention
 ):
-    folder, step = two_blocks("mixtral"), {**QUANTIZE, "propagate_error": propagate_error}
+    folder, step = two_blocks("mixtral"), {**QUANTIZE, "propagate_error": propagate_error, "attention": attention}
     request = a_request(folder, [step])
 
     slimmed(folder, tmp_path / "out", [step])
