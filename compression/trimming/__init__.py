@@ -1,4 +1,4 @@
-"""Trimming removes whole experts or whole blocks and leaves what stays untouched.
+"""Trimming removes whole experts, MoE layers or blocks and leaves what stays untouched.
 
 Choosing and cutting never share a function. Every module here but ``surgery.py`` chooses: it takes the study of
 the untouched model, a step's settings and the cuts decided so far, and returns the cuts that hold from then on.
@@ -7,7 +7,8 @@ the untouched model, a step's settings and the cuts decided so far, and returns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,5 +16,11 @@ class Cuts:
     """What stays of a model, by the source's own indices, ascending."""
 
     blocks: tuple[int, ...]
-    experts: dict[int, tuple[int, ...]]
-    """Kept expert ids of every kept MoE block."""
+    experts: Mapping[int, tuple[int, ...]]
+    """Kept expert ids of every kept block that still has its MoE layer; none at all where the layer has lost its router."""
+    layers_dropped: frozenset[int] = frozenset()
+    """Kept blocks whose MoE layer is gone, with its norm and its shared experts."""
+    merged: Mapping[int, Mapping[int, tuple[int, ...]]] = field(default_factory=dict[int, Mapping[int, tuple[int, ...]]])
+    """Of blocks whose experts were merged: every kept expert's group, itself included, ascending."""
+    skip: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Blocks that skip experts at run time, with their beta."""
