@@ -134,7 +134,7 @@ def collect(
         refuse_non_finite_inputs(statistic, name)
     routed = None
     if layer is not None:
-        probability_TE = _probability(torch.cat(logits), architecture)
+        probability_TE = probability(torch.cat(logits), architecture)
         routed = RoutedTokens(calls, probability_TE, enough=ENOUGH * max(layer.width, calls[0].x_TD.shape[1]))
     return Collected(statistics, routed)
 
@@ -145,7 +145,8 @@ def refuse_non_finite_inputs(statistic: Statistic, name: str) -> None:
         raise NonFiniteWeights(f"what enters {name} holds a NaN, an infinity, or a value too large to square")
 
 
-def _probability(logits_TE: Tensor, architecture: Architecture) -> Tensor:
+def probability(logits_TE: Tensor, architecture: Architecture) -> Tensor:
+    """Return what the router thinks of every expert, chosen or not, for each token [T, E]."""
     logits_TE = logits_TE.float()
     return logits_TE.sigmoid() if architecture.router_scores == "sigmoid" else logits_TE.softmax(dim=-1)
 

@@ -27,6 +27,33 @@ class Routed(NamedTuple):
     weights_TK: Tensor
 
 
+class Outputs:
+    """What each expert answered to each of its own tokens, before the routing weight: one row per pair, expert by expert."""
+
+    def __init__(self, ids_TK: Tensor, count: int) -> None:
+        self.order_P = ids_TK.flatten().argsort(stable=True)
+        """For each row, its place in the flattened [T, K]."""
+        self.token_P = self.order_P // ids_TK.shape[1]
+        self.count_E = torch.bincount(ids_TK.flatten(), minlength=count)
+        self.value_PD: Tensor = torch.empty(0)
+
+    def fill_(self, layer: MoELayer, x_TD: Tensor) -> Tensor:
+        """Run the experts and return their answers [P, D], which stay in ``value_PD``."""
+        self.value_PD = x_TD.new_empty(len(self.token_P), x_TD.shape[1])
+        for expert, tokens, rows in self.by_expert():
+            self.value_PD[rows] = layer.output(expert, x_TD[tokens])
+        return self.value_PD
+
+    def by_expert(self) -> Generator[tuple[int, Tensor, slice]]:
+        """Yield each expert that was chosen, its tokens, and the rows that hold its answers."""
+        start = 0
+        for expert, size in enumerate(self.count_E.tolist()):
+            if size:
+                rows = slice(start, start + size)
+                yield expert, self.token_P[rows], rows
+            start += size
+
+
 class MoELayer:
     """The mixture inside one live block."""
 
@@ -49,6 +76,26 @@ class MoELayer:
             yield
         finally:
             hook.remove()
+            self.experts.__dict__.pop("forward", None)
+
+    @contextmanager
+    def observed(self, see: Callable[[Routed, Outputs], None]) -> Generator[None]:
+        """Run the experts here, each on its own tokens once, and call ``see`` at every call with what they answered.
+
+        The layer's answer is the stock one up to the rounding of a sum.
+        """
+
+        def forward(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            routed, outputs = Routed(x_TD, ids_TK, weights_TK), Outputs(ids_TK, self.count)
+            pairs_PD = outputs.fill_(self, x_TD)
+            see(routed, outputs)
+            pairs_PD *= weights_TK.flatten()[outputs.order_P, None]
+            return torch.zeros_like(x_TD).index_add_(0, outputs.token_P, pairs_PD.to(x_TD.dtype))
+
+        self.experts.forward = forward
+        try:
+            yield
+        finally:
             self.experts.__dict__.pop("forward", None)
 
     def stack(self, name: str, experts: range) -> Tensor:

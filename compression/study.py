@@ -1,34 +1,118 @@
-"""The first visitor, and the Study it leaves: every statistic that today's trimming steps need, from one pass.
+"""The first visitor, and the Study it leaves: what every trimming criterion, every analysis and the planner need, in one pass.
 
 Sums are kept per calibration domain and in float64, so any mixture of domains is exact arithmetic afterwards and
-a split calibration set gives the same statistic.
+a split calibration set gives the same statistic. Experts run once on each of their own tokens, as the model runs them: the
+statistics are taken from that very run. What costs more than a few reductions is a part of its own, gathered when asked:
 
-Shapes: M domains, E experts, T tokens, K experts per token, D width.
+* ``sample``: a few tokens shown to every expert, for the search over subsets and for how alike outputs are;
+* ``likeness``: how alike the experts' matrices are, without any token;
+* ``trials``: the error of every matrix at trial settings of slimming.
+
+Shapes: M domains, E experts, T tokens, K experts per token, D width, L blocks, P token-expert pairs, B bins, S sampled tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compression.architectures import Architecture
-from compression.moe import MoELayer, Routed, by_expert, moe_layer
-from compression.sweep import Stream
+Part = Literal["tokens", "sample", "likeness", "trials"]
+RATIO_BINS = 4096
+"""Bins of [0, 1] in which the ratios for expert skipping are counted: a median is known to 1/4096."""
+
+
+@dataclass
+class Sample:
+    """Some tokens of one MoE layer, each shown to every expert: all that a search over subsets needs."""
+
+    domain_S: Tensor
+    logits_SE: Tensor
+    """The router's own, over all experts."""
+    weights_SE: Tensor
+    """Routing weights as the model used them; zero where an expert was not chosen."""
+    gram_SEE: Tensor
+    """Inner products of the experts' outputs, token by token."""
+
+
+@dataclass
+class Likeness:
+    """How alike one MoE layer's experts are, by their matrices: cosines between experts."""
+
+    matrix_3EE: Tensor
+    """Of whole matrices: gate, up, down."""
+    average_3EE: Tensor
+    """Of each matrix averaged over its neurons."""
+    router_EE: Tensor
+    """Of the router's rows."""
+    pairs_P2: Tensor
+    """Pairs of experts whose neurons were matched one to one."""
+    tau_P: Tensor
+    """Kendall's tau of the best matching of gate neurons: near one where neurons are aligned already."""
+    aligned_P: Tensor
+    """Mean cosine of gate neurons in the order in which they are saved."""
+    matched_P: Tensor
+    """Mean cosine of the same neurons in the best matching."""
+
+
+@dataclass
+class Trials:
+    """What settings of slimming would do to a block's matrices, rounded or pruned plainly: mean squares over tokens.
+
+    Settings are named as in ``settings``; a matrix is named by its saved name below the block, with ``*`` for the expert.
+    """
+
+    settings: tuple[str, ...]
+    error: dict[str, Tensor]
+    """Mean squared error of the matrix's outputs, per setting and expert [settings, E]."""
+    energy: dict[str, Tensor]
+    """Mean square of the outputs themselves [E]."""
 
 
 @dataclass
 class ExpertStatistics:
-    """What one MoE layer did with the calibration tokens."""
+    """What one MoE layer did with the calibration tokens. g is a routing weight as used, f an expert's output before it."""
 
     tokens_M: Tensor
     count_ME: Tensor
     """Tokens routed to each expert."""
     weight_ME: Tensor
-    """Sum of the routing weights that the model really used."""
+    """Sum of g."""
+    probability_ME: Tensor
+    """Sum over all tokens of what the router thought of every expert, chosen or not."""
+    norm_ME: Tensor
+    """Sum of |f|."""
+    square_ME: Tensor
+    """Sum of |f|^2."""
     weighted_norm_ME: Tensor
-    """Sum of routing weight times the L2 norm of the expert's output; NaN where it was not asked for."""
+    """Sum of g |f|."""
+    weighted_square_ME: Tensor
+    """Sum of (g |f|)^2."""
+    largest_ME: Tensor
+    """Largest magnitude of a number in f."""
+    together_MEE: Tensor
+    """Tokens routed to both experts."""
+    together_norm_MEE: Tensor
+    """Sum over these tokens of the product of the two g |f|."""
+    output_MED: Tensor
+    """Sum of f."""
+    rank_MKK: Tensor
+    """Pairs by the place of their g among the token's (rows) and the place of their |f| (columns), largest first."""
+    ratio_MB: Tensor
+    """Tokens by the ratio of the lower half of their g to the upper half."""
+    layer_cosine_M: Tensor
+    """Sum of cos(x', x' + MoE(norm x')), x' being what enters the norm before the MoE layer."""
+    absolute_E: Tensor
+    """Sum of the magnitudes of each expert's weights."""
+    magnitude_E: Tensor
+    """Sum of their squares."""
+    parameters: int
+    """Weights in one expert's matrices."""
+    sample: Sample | None = None
+    likeness: Likeness | None = None
 
     @property
     def tokens(self) -> float:
@@ -36,90 +120,73 @@ class ExpertStatistics:
         return float(self.tokens_M.sum())
 
     @property
-    def count_E(self) -> Tensor:
-        """Tokens routed to each expert, over all domains."""
-        return self.count_ME.sum(0)
+    def layer_cosine(self) -> float:
+        """Mean over tokens of the cosine between the residual stream before and after the MoE layer."""
+        return float(self.layer_cosine_M.sum()) / self.tokens
 
-    @property
-    def weight_E(self) -> Tensor:
-        """Sum of routing weights, over all domains."""
-        return self.weight_ME.sum(0)
+    def total(self, name: str) -> Tensor:
+        """Return a sum over all domains: ``total("count")`` is [E]."""
+        return next(getattr(self, f.name) for f in fields(self) if f.name.startswith(f"{name}_M")).sum(0)
 
-    @property
-    def weighted_norm_E(self) -> Tensor:
-        """Sum of routing weight times output norm, over all domains."""
-        return self.weighted_norm_ME.sum(0)
+    def median_ratio(self) -> float:
+        """Return the median over tokens of lower half to upper half of the routing weights, to one bin."""
+        counts_B = self.total("ratio")
+        middle = torch.searchsorted(counts_B.cumsum(0), counts_B.sum() / 2)
+        return float((middle + 0.5) / RATIO_BINS)
 
 
 @dataclass
 class Study:
     """The statistics of an untouched model, by block index."""
 
-    experts: dict[int, ExpertStatistics] = field(default_factory=dict)
+    domains: tuple[str, ...] = ("text",)
+    parts: frozenset[Part] = frozenset()
+    tokens_M: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     cosine_M: dict[int, Tensor] = field(default_factory=dict)
     """Sum over tokens of cos(block input, block output), per domain."""
-    tokens_M: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    experts: dict[int, ExpertStatistics] = field(default_factory=dict)
+    """Of the blocks that are mixtures."""
+    trials: dict[int, Trials] = field(default_factory=dict)
+    span_MLL: Tensor | None = None
+    """Sum over sampled tokens of cos(input of block i, output of block j); zero where j < i."""
+    sampled_M: Tensor | None = None
+    """Tokens in ``span_MLL``."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds of each part; of ``tokens``, the whole pass with the model's own work."""
 
     def cosine(self, block: int) -> float:
         """Return the mean cosine between a block's input and output."""
         return float(self.cosine_M[block].sum() / self.tokens_M.sum())
 
+    def span_cosine(self, first: int, last: int) -> float:
+        """Return the mean cosine between the input of one block and the output of another, over the sampled tokens."""
+        assert self.span_MLL is not None, "the pass over tokens leaves it"
+        assert self.sampled_M is not None
+        return float(self.span_MLL[:, first, last].sum() / self.sampled_M.sum())
 
-class Observer:
-    """Watches every block of the untouched model and fills a Study."""
-
-    def __init__(self, architecture: Architecture, domain_N: Tensor, *, output_norms: bool) -> None:
-        """``domain_N``: domain of each sequence. ``output_norms``: run each expert once more for its output norm."""
-        self.study = Study()
-        self._architecture = architecture
-        self._domain_N = domain_N
-        self._domains = int(domain_N.max()) + 1
-        self._output_norms = output_norms
-
-    def visit(self, index: int, block: nn.Module, stream: Stream) -> None:
-        """Push the stream through the block and add up what it shows."""
-        domains = [d_B.repeat_interleave(ids.shape[1]) for d_B, ids in zip(self._split(stream), stream.ids, strict=True)]
-        self.study.tokens_M = sum(self._sum_by_domain(d_T, torch.ones(len(d_T))) for d_T in domains)  # type: ignore[assignment]
-        cosine_M = torch.zeros(self._domains, dtype=torch.float64)
-
-        def compare(batch: int, input_BSD: Tensor, output_BSD: Tensor) -> None:
-            cosine_T = torch.cosine_similarity(input_BSD.double(), output_BSD.double(), dim=-1).flatten().cpu()
-            cosine_M.add_(self._sum_by_domain(domains[batch], cosine_T))
-
-        layer = moe_layer(self._architecture, block)
-        if layer is None:
-            stream.push(index, block, compare)
-        else:
-            self.study.experts[index] = statistics = self._empty(layer.count)
-            remaining = iter(domains)
-            with layer.watched(lambda routed: self._add(statistics, layer, routed, next(remaining))):
-                stream.push(index, block, compare)
-        self.study.cosine_M[index] = cosine_M
-
-    def _add(self, statistics: ExpertStatistics, layer: MoELayer, routed: Routed, domain_T: Tensor) -> None:
-        ids_TK, weights_TK = routed.ids_TK.cpu(), routed.weights_TK.cpu().double()
-        slot_TK = domain_T[:, None] * layer.count + ids_TK
-        _scatter(statistics.count_ME, slot_TK, torch.ones_like(weights_TK))
-        _scatter(statistics.weight_ME, slot_TK, weights_TK)
-        statistics.tokens_M += self._sum_by_domain(domain_T, torch.ones(len(domain_T)))
-        if not self._output_norms:
-            return
-        for expert, tokens, places in by_expert(routed.ids_TK, layer.count):
-            norm_T = layer.output(expert, routed.x_TD[tokens]).float().norm(dim=-1).double().cpu()
-            tokens, places = tokens.cpu(), places.cpu()
-            _scatter(statistics.weighted_norm_ME, slot_TK[tokens, places], weights_TK[tokens, places] * norm_T)
-
-    def _empty(self, experts: int) -> ExpertStatistics:
-        zeros = torch.zeros(self._domains, experts, dtype=torch.float64)
-        norms = zeros.clone() if self._output_norms else torch.full_like(zeros, torch.nan)
-        return ExpertStatistics(torch.zeros(self._domains, dtype=torch.float64), zeros.clone(), zeros.clone(), norms)
-
-    def _split(self, stream: Stream) -> tuple[Tensor, ...]:
-        return self._domain_N.split([ids.shape[0] for ids in stream.ids])
-
-    def _sum_by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
-        return torch.zeros(self._domains, dtype=torch.float64).index_add_(0, domain_T, value_T.double())
+    def mixed(self, weights: Mapping[str, float]) -> Study:
+        """Return the study of another mixture of the same domains, as if each token counted ``weights[domain]`` times."""
+        weight_M = torch.tensor([float(weights.get(domain, 0.0)) for domain in self.domains], dtype=torch.float64)
+        return replace(
+            self,
+            domains=("mixture",),
+            tokens_M=_mix(self.tokens_M, weight_M),
+            cosine_M={block: _mix(sum_M, weight_M) for block, sum_M in self.cosine_M.items()},
+            experts={block: _mixed_layer(layer, weight_M) for block, layer in self.experts.items()},
+            span_MLL=None if self.span_MLL is None else _mix(self.span_MLL, weight_M),
+            sampled_M=None if self.sampled_M is None else _mix(self.sampled_M, weight_M),
+        )
 
 
-def _scatter(total_ME: Tensor, slot: Tensor, value: Tensor) -> None:
-    total_ME.view(-1).index_add_(0, slot.flatten(), value.flatten())
+def _mixed_layer(layer: ExpertStatistics, weight_M: Tensor) -> ExpertStatistics:
+    changed: dict[str, Any] = {}
+    for entry in fields(layer):
+        value = getattr(layer, entry.name)
+        if isinstance(value, Tensor) and "_M" in entry.name:
+            seen = value[weight_M > 0]
+            changed[entry.name] = seen.amax(0, keepdim=True) if entry.name == "largest_ME" else _mix(value, weight_M)
+    return replace(layer, **changed)
+
+
+def _mix(sum_M: Tensor, weight_M: Tensor) -> Tensor:
+    return torch.einsum("m,m...->...", weight_M, sum_M)[None]

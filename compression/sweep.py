@@ -59,6 +59,7 @@ class Stream:
         self._stored = shell.dtype
         self.ids: list[Tensor] = list(ids_NS.split(rows))
         self.hidden: list[Tensor] = []
+        self.blocks = len(shell.blocks)
         self._answers: list[Any] | None = None
         self._calls: list[tuple[Call, ...]] = []
         seen: list[Tensor] = []

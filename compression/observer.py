@@ -1,0 +1,303 @@
+"""The visitor that fills a Study: it watches every block of the untouched model do its own work.
+
+Nothing is computed twice for it: experts run once on each of their tokens, here rather than in the stock class, and the
+statistics are sums over what they answered. Parts beyond that run after the block and are timed apart.
+
+Shapes: M domains, E experts, T tokens, K experts per token, D width, F expert width, L blocks, P pairs, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression.analysis.likeness import likeness
+from compression.architectures import Architecture
+from compression.collect import probability
+from compression.moe import MoELayer, Outputs, Routed, moe_layer
+from compression.study import RATIO_BINS, ExpertStatistics, Part, Sample, Study
+from compression.sweep import Stream
+from compression.trials import trial_errors
+
+SAMPLED_TOKENS = 2048
+_SAMPLE_NUMBERS = 2**22
+"""Numbers in one layer's Gram matrices of sampled outputs, at most: with many experts, fewer tokens."""
+_OUTPUT_NUMBERS = 2**27
+"""Numbers in sampled outputs held at once, at most."""
+_HIDDEN_BYTES = 2**30
+"""Bytes of sampled activations that wait for the blocks to come, at most."""
+
+
+class Observer:
+    """Watches every block of the untouched model and fills a Study."""
+
+    def __init__(
+        self, architecture: Architecture, domains: tuple[str, ...], domain_N: Tensor, parts: Iterable[Part] = ("tokens",)
+    ) -> None:
+        """``domain_N``: index into ``domains`` of each sequence; ``parts``: what to gather, see ``study.py``."""
+        wanted = frozenset(parts)
+        self.study = Study(domains=domains, parts=wanted, seconds=dict.fromkeys(sorted(wanted), 0.0))
+        self._architecture = architecture
+        self._domain_N = domain_N
+        self._spans = _Spans(len(domains))
+
+    def visit(self, index: int, block: nn.Module, stream: Stream) -> None:
+        """Push the stream through the block and add up what it shows."""
+        layer = moe_layer(self._architecture, block)
+        if "trials" in self.study.parts:
+            with self._timed("trials"):
+                self.study.trials[index] = trial_errors(index, block, stream, self._architecture)
+        watch = _Watch(self._architecture, len(self.study.domains), self._domains_of(stream), stream, layer)
+        sampled = _sampled(stream, layer) if layer is not None and "sample" in self.study.parts else None
+        with self._timed("tokens"):
+            self._spans.start(stream, watch.domains)
+            watch.push(index, block, keep=sampled)
+            self.study.tokens_M, self.study.cosine_M[index] = watch.tokens_M, watch.cosine_M
+            self.study.span_MLL, self.study.sampled_M = self._spans.add(stream, index)
+        if layer is None:
+            return
+        assert watch.statistics is not None
+        self.study.experts[index] = statistics = watch.statistics
+        if sampled is not None:
+            with self._timed("sample"):
+                statistics.sample = watch.sample()
+        if "likeness" in self.study.parts:
+            with self._timed("likeness"):
+                statistics.likeness = likeness(layer, block.get_submodule(self._architecture.running_router))
+
+    def _domains_of(self, stream: Stream) -> list[Tensor]:
+        split = self._domain_N.split([ids.shape[0] for ids in stream.ids])
+        return [domain_B.repeat_interleave(ids.shape[1]) for domain_B, ids in zip(split, stream.ids, strict=True)]
+
+    def weigh(self, index: int, block: nn.Module) -> None:
+        """Take only what the weights say, without any token."""
+        layer = moe_layer(self._architecture, block)
+        if layer is not None:
+            self.study.experts[index] = _empty(layer, domains=len(self.study.domains), used=0, width=0)
+
+    @contextmanager
+    def _timed(self, part: Part) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.study.seconds[part] = self.study.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+class _Watch:
+    """One block under observation."""
+
+    def __init__(
+        self, architecture: Architecture, count: int, domains: list[Tensor], stream: Stream, layer: MoELayer | None
+    ) -> None:
+        self.domains = domains
+        self.tokens_M = torch.zeros(count, dtype=torch.float64)
+        self.cosine_M = torch.zeros(count, dtype=torch.float64)
+        self.statistics: ExpertStatistics | None = None
+        self._architecture, self._count, self._stream, self._layer = architecture, count, stream, layer
+        self._batch = 0
+        self._probability_TE = self._before_TD = torch.empty(0)
+        self._kept: list[tuple[Tensor, ...]] = []
+
+    def push(self, index: int, block: nn.Module, *, keep: list[Tensor] | None) -> None:
+        """Push the stream; ``keep``: positions in each micro-batch of the tokens to sample."""
+        with ExitStack() as stack:
+            if self._layer is not None:
+                norm = block.get_submodule(self._architecture.feed_forward_norm)
+                router = block.get_submodule(self._architecture.running_router)
+                hooks = [norm.register_forward_pre_hook(self._see_norm), router.register_forward_hook(self._see_router)]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+                self._keep = keep
+                stack.enter_context(self._layer.observed(self._see_experts))
+            self._stream.push(index, block, self._compare)
+
+    def _see_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._before_TD = args[0].flatten(0, -2)
+
+    def _see_router(self, module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        self._logits_TE = output[0].flatten(0, -2)
+        self._probability_TE = probability(self._logits_TE, self._architecture)
+
+    def _compare(self, batch: int, input_BSD: Tensor, output_BSD: Tensor) -> None:
+        domain_T = self.domains[batch].to(input_BSD.device)
+        output_TD = output_BSD.flatten(0, -2)
+        ones_T = output_TD.new_ones(len(output_TD))
+        self.tokens_M += self._by_domain(domain_T, ones_T)
+        self.cosine_M += self._by_domain(domain_T, _cosine(input_BSD.flatten(0, -2), output_TD))
+        if self.statistics is not None:
+            self.statistics.tokens_M += self._by_domain(domain_T, ones_T)
+            self.statistics.layer_cosine_M += self._by_domain(domain_T, _cosine(self._before_TD, output_TD))
+        self._batch = batch + 1
+
+    def _see_experts(self, routed: Routed, outputs: Outputs) -> None:
+        assert self._layer is not None
+        if self.statistics is None:
+            used, width = routed.ids_TK.shape[1], routed.x_TD.shape[1]
+            self.statistics = _empty(self._layer, domains=self._count, used=used, width=width)
+        domain_T = self.domains[self._batch].to(routed.x_TD.device)
+        self._add(self.statistics, domain_T, routed, outputs)
+        if self._keep is not None:
+            place_S = self._keep[self._batch].to(routed.x_TD.device)
+            kept = (routed.x_TD, routed.ids_TK, routed.weights_TK, self._logits_TE, domain_T)
+            self._kept.append(tuple(value[place_S] for value in kept))
+
+    def _add(self, into: ExpertStatistics, domain_T: Tensor, routed: Routed, outputs: Outputs) -> None:
+        experts, used = into.count_ME.shape[1], routed.ids_TK.shape[1]
+        norm_P = torch.linalg.vector_norm(outputs.value_PD, dim=1, dtype=torch.float32)
+        weight_P = routed.weights_TK.flatten()[outputs.order_P].float()
+        weighted_P = weight_P * norm_P
+        expert_P = torch.repeat_interleave(torch.arange(experts, device=norm_P.device), outputs.count_E)
+        slot_P = domain_T[outputs.token_P] * experts + expert_P
+        sums = {
+            into.count_ME: torch.ones_like(norm_P),
+            into.weight_ME: weight_P,
+            into.norm_ME: norm_P,
+            into.square_ME: norm_P.double().square(),
+            into.weighted_norm_ME: weighted_P,
+            into.weighted_square_ME: weighted_P.double().square(),
+        }
+        for total_ME, value_P in sums.items():
+            total_ME += torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device).index_add_(
+                0, slot_P, value_P.double()
+            ).view(total_ME.shape).cpu()
+        weighted_TK = torch.empty_like(weighted_P).index_copy_(0, outputs.order_P, weighted_P).view(-1, used)
+        norm_TK = torch.empty_like(norm_P).index_copy_(0, outputs.order_P, norm_P).view(-1, used)
+        for domain in domain_T.unique().tolist():
+            rows_T = (domain_T == domain).nonzero().flatten()
+            whole = len(rows_T) == len(domain_T)
+            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])  # noqa: E731
+            into.probability_ME[domain] += pick(self._probability_TE).sum(0, dtype=torch.float64).cpu()
+            ids_TK = pick(routed.ids_TK)
+            chosen_TE = norm_P.new_zeros(len(ids_TK), experts)
+            into.together_MEE[domain] += _gram(chosen_TE.scatter_(1, ids_TK, 1.0))
+            into.together_norm_MEE[domain] += _gram(chosen_TE.scatter_(1, ids_TK, pick(weighted_TK)))
+            into.rank_MKK[domain] += _ranks(pick(routed.weights_TK), pick(norm_TK))
+            into.ratio_MB[domain] += _ratios(pick(routed.weights_TK))
+            for expert, tokens, rows in outputs.by_expert():
+                value_PD = outputs.value_PD[rows]
+                if not whole:
+                    value_PD = value_PD[domain_T[tokens] == domain]
+                if len(value_PD):
+                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=torch.float32).double().cpu()
+                    into.largest_ME[domain, expert] = max(
+                        float(into.largest_ME[domain, expert]), float(value_PD.max()), -float(value_PD.min())
+                    )
+
+    def sample(self) -> Sample:
+        """Show the kept tokens to every expert."""
+        assert self._layer is not None
+        layer = self._layer
+        x_SD, ids_SK, weights_SK, logits_SE, domain_S = (torch.cat(values) for values in zip(*self._kept, strict=True))
+        weights_SE = torch.zeros(len(x_SD), layer.count, dtype=torch.float64, device=x_SD.device)
+        weights_SE.scatter_(1, ids_SK, weights_SK.double())
+        size = max(1, _OUTPUT_NUMBERS // (layer.count * x_SD.shape[1]))
+        grams: list[Tensor] = []
+        for some_SD in x_SD.split(size):
+            output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1).float()
+            grams.append(torch.bmm(output_SED, output_SED.mT).cpu())
+        return Sample(domain_S.cpu(), logits_SE.float().cpu(), weights_SE.cpu(), torch.cat(grams))
+
+    def _by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
+        total_M = torch.zeros(self._count, dtype=torch.float64, device=value_T.device)
+        return total_M.index_add_(0, domain_T, value_T.double()).cpu()
+
+
+class _Spans:
+    """Cosines between what enters and what leaves every span of blocks, on a sample of tokens."""
+
+    def __init__(self, domains: int) -> None:
+        self._domains = domains
+        self._hidden: list[Tensor] = []
+        self._span_MLL = torch.zeros(domains, 0, 0, dtype=torch.float64)
+
+    def start(self, stream: Stream, domains: list[Tensor]) -> None:
+        """Take the first block's inputs, unless that was done before."""
+        if not self._hidden:
+            width = stream.hidden[0].shape[-1] * (stream.blocks + 1)
+            self._places = _spread(stream, _HIDDEN_BYTES // (4 * width))
+            self._domain_S = torch.cat([domain_T[place_S] for domain_T, place_S in zip(domains, self._places, strict=True)])
+            self._span_MLL = torch.zeros(self._domains, stream.blocks, stream.blocks, dtype=torch.float64)
+            self._hidden.append(self._directions(stream))
+
+    def add(self, stream: Stream, index: int) -> tuple[Tensor, Tensor]:
+        """Compare this block's outputs with the inputs of all blocks so far; return the sums, and the tokens per domain."""
+        after_SD = self._directions(stream)
+        for first, before_SD in enumerate(self._hidden):
+            cosine_S = (before_SD * after_SD).sum(1, dtype=torch.float64)
+            self._span_MLL[:, first, index].index_add_(0, self._domain_S, cosine_S)
+        self._hidden.append(after_SD)
+        return self._span_MLL, torch.bincount(self._domain_S, minlength=self._domains).double()
+
+    def _directions(self, stream: Stream) -> Tensor:
+        rows = [hidden.flatten(0, -2)[place_S] for hidden, place_S in zip(stream.hidden, self._places, strict=True)]
+        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=1)
+
+
+def _empty(layer: MoELayer, *, domains: int, used: int, width: int) -> ExpertStatistics:
+    sizes = {"M": domains, "E": layer.count, "K": used, "D": width, "B": RATIO_BINS}
+    zeros = {
+        entry.name: torch.zeros([sizes[letter] for letter in entry.name.rsplit("_", 1)[1]], dtype=torch.float64)
+        for entry in fields(ExpertStatistics)
+        if "_M" in entry.name
+    }
+    sums: Any = weight_sums(layer)
+    return ExpertStatistics(**zeros, **sums)
+
+
+def weight_sums(layer: MoELayer) -> dict[str, Tensor | int]:
+    """Return the sums of magnitudes and squares over each expert's matrices, and how many weights these are."""
+    stacks = [layer.stack(name, range(layer.count)) for name in ("gate_up_proj", "down_proj")]
+    return {
+        "absolute_E": sum(stack_EOI.abs().sum((1, 2), dtype=torch.float64).cpu() for stack_EOI in stacks),
+        "magnitude_E": sum(stack_EOI.float().square().sum((1, 2), dtype=torch.float64).cpu() for stack_EOI in stacks),
+        "parameters": sum(stack_EOI[0].numel() for stack_EOI in stacks),
+    }
+
+
+def _sampled(stream: Stream, layer: MoELayer) -> list[Tensor]:
+    return _spread(stream, max(1, min(SAMPLED_TOKENS, _SAMPLE_NUMBERS // layer.count**2)))
+
+
+def _spread(stream: Stream, wanted: int) -> list[Tensor]:
+    """Return places of at most so many tokens, evenly spread over all of them, by micro-batch."""
+    sizes = [ids.numel() for ids in stream.ids]
+    total = sum(sizes)
+    place_S = torch.arange(min(wanted, total)) * total // min(wanted, total)
+    places: list[Tensor] = []
+    start = 0
+    for size in sizes:
+        places.append(place_S[(place_S >= start) & (place_S < start + size)] - start)
+        start += size
+    return places
+
+
+def _cosine(a_TD: Tensor, b_TD: Tensor) -> Tensor:
+    # In one precision and one pass each; the product is rescaled in float64, where small norms do not underflow.
+    product_T = torch.linalg.vecdot(a_TD.float(), b_TD.float()).double()
+    norms_T = torch.linalg.vector_norm(a_TD, dim=1, dtype=torch.float32).double()
+    norms_T = norms_T * torch.linalg.vector_norm(b_TD, dim=1, dtype=torch.float32).double()
+    return product_T / norms_T.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _gram(value_TE: Tensor) -> Tensor:
+    return (value_TE.mT @ value_TE).double().cpu()
+
+
+def _ranks(weights_TK: Tensor, norm_TK: Tensor) -> Tensor:
+    used = weights_TK.shape[1]
+    by_weight_TK = weights_TK.argsort(1, descending=True, stable=True).argsort(1)
+    by_norm_TK = norm_TK.argsort(1, descending=True, stable=True).argsort(1)
+    return torch.bincount((by_weight_TK * used + by_norm_TK).flatten(), minlength=used**2).view(used, used).double().cpu()
+
+
+def _ratios(weights_TK: Tensor) -> Tensor:
+    ordered_TK = weights_TK.double().sort(1, descending=True).values
+    half = -(-ordered_TK.shape[1] // 2)
+    ratio_T = ordered_TK[:, half:].sum(1) / ordered_TK[:, :half].sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    place_T = (ratio_T * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
+    return torch.bincount(place_T, minlength=RATIO_BINS).double().cpu()
