@@ -5,20 +5,20 @@ Shapes: E experts, O outputs, I inputs, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compression.recipe import BlockDrop, ExpertDrop, Prune, parse_pattern
+from compression.recipe import Analyze, BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Prune, parse_pattern
 from compression.slimming import awq, gptq, magnitude, rtn, sparsegpt, wanda
 from compression.slimming.grid import AnyGrid, Quantized
 from compression.slimming.hessian import Gram, InputNorm, Statistic
 from compression.slimming.masks import NOfM, Pattern, Unstructured
-from compression.study import Study
-from compression.trimming import Cuts, block_drop, expert_drop
+from compression.study import Part, Study
+from compression.trimming import Cuts, Routing, block_drop, expert_drop, expert_merge, expert_skip, layer_drop
 
 Needs = Literal["nothing", "input_norm", "gram"]
 """What a method must know of a weight's inputs, least first."""
@@ -102,16 +102,54 @@ def pattern_of(step: Prune) -> Pattern:
     return Unstructured(step.sparsity)
 
 
-def choose_cuts(steps: tuple[object, ...], study: Study | None, cuts: Cuts, *, candidates: frozenset[int], groups: int) -> Cuts:
+@dataclass(frozen=True)
+class Choice:
+    """What the plan leaves to the study."""
+
+    blocks: frozenset[int]
+    """Those that block_drop and layer_drop choose among: alike, so that bytes do not hang on which of them go."""
+    routing: Routing
+    prefix: bool = False
+    """Whether layer_drop can only take the first of them, for stock classes that count dense blocks from the start."""
+
+
+def choose_cuts(steps: tuple[object, ...], study: Study | None, cuts: Cuts, choice: Choice) -> Cuts:
     """Work through the trimming steps in order and return what stays."""
     for step in steps:
         match step:
             case ExpertDrop():
+                cuts = expert_drop.choose(study, step, cuts, choice.routing)
+            case ExpertMerge():
                 assert study is not None
-                cuts = expert_drop.choose(study, step, cuts, groups)
+                cuts = expert_merge.choose(study, step, cuts, choice.routing)
+            case LayerDrop():
+                assert study is not None
+                cuts = layer_drop.choose(study, step, cuts, choice.blocks, prefix=choice.prefix)
             case BlockDrop():
                 assert study is not None
-                cuts = block_drop.choose(study, step, cuts, candidates)
+                cuts = block_drop.choose(study, step, cuts, choice.blocks)
+            case ExpertSkip():
+                cuts = expert_skip.choose(study, step, cuts)
             case _:
                 pass
     return cuts
+
+
+def parts_for(steps: Iterable[object]) -> frozenset[Part]:
+    """Return the parts of a study that these steps read; none where no study is needed."""
+    parts: set[Part] = set()
+    for step in steps:
+        match step:
+            case ExpertDrop(criterion="random"):
+                pass
+            case ExpertDrop(criterion="aimer"):
+                parts.add("weights")
+            case ExpertDrop(criterion="reconstruction") | ExpertMerge():
+                parts |= {"tokens", "sample"}
+            case ExpertDrop() | LayerDrop() | BlockDrop() | ExpertSkip(beta="median"):
+                parts.add("tokens")
+            case Analyze():
+                parts |= {"tokens", "sample", "likeness"}
+            case _:
+                pass
+    return frozenset(parts)

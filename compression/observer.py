@@ -30,6 +30,7 @@ _SAMPLE_NUMBERS = 2**22
 """Numbers in one layer's Gram matrices of sampled outputs, at most: with many experts, fewer tokens."""
 _OUTPUT_NUMBERS = 2**27
 """Numbers in sampled outputs held at once, at most."""
+_SPAN_TOKENS = 4096
 _HIDDEN_BYTES = 2**30
 """Bytes of sampled activations that wait for the blocks to come, at most."""
 
@@ -102,6 +103,8 @@ class _Watch:
         self._batch = 0
         self._probability_TE = self._before_TD = torch.empty(0)
         self._kept: list[tuple[Tensor, ...]] = []
+        self._keep: list[Tensor] | None = None
+        self._router: dict[str, Tensor] = {}
 
     def push(self, index: int, block: nn.Module, *, keep: list[Tensor] | None) -> None:
         """Push the stream; ``keep``: positions in each micro-batch of the tokens to sample."""
@@ -119,7 +122,10 @@ class _Watch:
     def _see_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._before_TD = args[0].flatten(0, -2)
 
-    def _see_router(self, module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+    def _see_router(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        assert self._layer is not None
+        if not self._router and self._keep is not None:
+            self._router = _held_by(module, args, self._layer.count)
         self._logits_TE = output[0].flatten(0, -2)
         self._probability_TE = probability(self._logits_TE, self._architecture)
 
@@ -200,7 +206,7 @@ class _Watch:
         for some_SD in x_SD.split(size):
             output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1).float()
             grams.append(torch.bmm(output_SED, output_SED.mT).cpu())
-        return Sample(domain_S.cpu(), logits_SE.float().cpu(), weights_SE.cpu(), torch.cat(grams))
+        return Sample(domain_S.cpu(), logits_SE.float().cpu(), weights_SE.cpu(), torch.cat(grams), self._router)
 
     def _by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
         total_M = torch.zeros(self._count, dtype=torch.float64, device=value_T.device)
@@ -219,7 +225,7 @@ class _Spans:
         """Take the first block's inputs, unless that was done before."""
         if not self._hidden:
             width = stream.hidden[0].shape[-1] * (stream.blocks + 1)
-            self._places = _spread(stream, _HIDDEN_BYTES // (4 * width))
+            self._places = _spread(stream, max(1, min(_SPAN_TOKENS, _HIDDEN_BYTES // (4 * width))))
             self._domain_S = torch.cat([domain_T[place_S] for domain_T, place_S in zip(domains, self._places, strict=True)])
             self._span_MLL = torch.zeros(self._domains, stream.blocks, stream.blocks, dtype=torch.float64)
             self._hidden.append(self._directions(stream))
@@ -228,7 +234,7 @@ class _Spans:
         """Compare this block's outputs with the inputs of all blocks so far; return the sums, and the tokens per domain."""
         after_SD = self._directions(stream)
         for first, before_SD in enumerate(self._hidden):
-            cosine_S = (before_SD * after_SD).sum(1, dtype=torch.float64)
+            cosine_S = torch.linalg.vecdot(before_SD, after_SD).double()
             self._span_MLL[:, first, index].index_add_(0, self._domain_S, cosine_S)
         self._hidden.append(after_SD)
         return self._span_MLL, torch.bincount(self._domain_S, minlength=self._domains).double()
@@ -247,6 +253,14 @@ def _empty(layer: MoELayer, *, domains: int, used: int, width: int) -> ExpertSta
     }
     sums: Any = weight_sums(layer)
     return ExpertStatistics(**zeros, **sums)
+
+
+def _held_by(router: nn.Module, args: tuple[Any, ...], experts: int) -> dict[str, Tensor]:
+    """Return what a router has for each expert beside its logits: buffers, and tensors that it is called with."""
+    # A bias of the logits is a parameter, and the logits have it already; what only sways the choice is a buffer.
+    held = {name: value for name, value in router.named_buffers() if value.shape == (experts,)}
+    held |= {f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)}
+    return {name: value.detach().float().cpu().clone() for name, value in held.items()}
 
 
 def weight_sums(layer: MoELayer) -> dict[str, Tensor | int]:
@@ -290,9 +304,13 @@ def _gram(value_TE: Tensor) -> Tensor:
 
 def _ranks(weights_TK: Tensor, norm_TK: Tensor) -> Tensor:
     used = weights_TK.shape[1]
-    by_weight_TK = weights_TK.argsort(1, descending=True, stable=True).argsort(1)
-    by_norm_TK = norm_TK.argsort(1, descending=True, stable=True).argsort(1)
+    by_weight_TK = _places(weights_TK)
+    by_norm_TK = _places(norm_TK)
     return torch.bincount((by_weight_TK * used + by_norm_TK).flatten(), minlength=used**2).view(used, used).double().cpu()
+
+
+def _places(value_TK: Tensor) -> Tensor:
+    return value_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def _ratios(weights_TK: Tensor) -> Tensor:

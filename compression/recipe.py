@@ -8,6 +8,7 @@ met *today* is not decided here but in ``plan.py``, by name.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -171,12 +172,22 @@ class ExpertDrop(Step):
     scope: Literal["layer", "global"] = "layer"
     experts_kept: Annotated[int, Field(gt=0, description="Routed experts left in each MoE layer.")] | None = None
     fraction_dropped: Fraction | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Of the criterion random; the others have no use for it.")] = 0
 
     @model_validator(mode="after")
     def _one_of(self) -> ExpertDrop:
         if (self.experts_kept is None) == (self.fraction_dropped is None):
             raise ValueError("give either experts_kept or fraction_dropped")
+        if self.seed and self.criterion != "random":
+            raise ValueError(f"seed {self.seed} does nothing: {self.criterion} draws no lots; leave it out")
         return self
+
+    def dropped_of(self, counts: Sequence[int], *, groups: int = 1) -> int:
+        """Return how many experts scope global drops in all from layers that hold so many, equally many of each group."""
+        if self.experts_kept is not None:
+            return max(0, sum(counts) - self.experts_kept * len(counts)) // groups * groups
+        assert self.fraction_dropped is not None, "the validator demands one of the two"
+        return round(self.fraction_dropped * sum(counts)) // groups * groups
 
 
 class ExpertMerge(Step):
@@ -240,8 +251,11 @@ STEPS: dict[str, type[Step]] = {
     "recover": Recover,
     "analyze": Analyze,
 }
-_PHASE = {"analyze": 0, "prune": 2, "quantize": 3, "expert_skip": 3, "recover": 4}
-"""Normal form: analyze, trims in the order given (1), prune, quantize, recover."""
+_PHASE = {"analyze": 0.0, "expert_skip": 2.5, "prune": 3.0, "quantize": 4.0, "recover": 5.0}
+"""Normal form: analyze, trims in the order given (1), expert_drop of scope global (2), expert_skip, prune, quantize, recover.
+
+A global budget is spent last: what a block or a layer weighs would otherwise hang on which of them the study picks.
+"""
 
 
 class Recipe(Settings):
@@ -255,7 +269,13 @@ class Recipe(Settings):
 
     def normal_order(self) -> tuple[int, ...]:
         """Return the positions of the steps in the order in which they are worked."""
-        return tuple(sorted(range(len(self.steps)), key=lambda position: _PHASE.get(self.steps[position].step, 1)))
+        return tuple(sorted(range(len(self.steps)), key=lambda position: _phase(self.steps[position])))
+
+
+def _phase(step: AnyStep) -> float:
+    if isinstance(step, ExpertDrop):
+        return 2.0 if step.scope == "global" else 1.0
+    return _PHASE.get(step.step, 1.0)
 
 
 class Serving(Settings):

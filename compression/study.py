@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Part = Literal["tokens", "sample", "likeness", "trials"]
+Part = Literal["weights", "tokens", "sample", "likeness", "trials"]
+"""``weights``: sums over each expert's weights, which every study holds; alone, it needs no text."""
 RATIO_BINS = 4096
 """Bins of [0, 1] in which the ratios for expert skipping are counted: a median is known to 1/4096."""
 
@@ -36,6 +37,8 @@ class Sample:
     """Routing weights as the model used them; zero where an expert was not chosen."""
     gram_SEE: Tensor
     """Inner products of the experts' outputs, token by token."""
+    router: dict[str, Tensor]
+    """What else the router holds for each expert (a bias by which it chooses), by name, or by its place among its arguments [E]."""
 
 
 @dataclass
