@@ -6,6 +6,8 @@ fresh memory: no mapped pages stay behind when the block is let go.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from io import BufferedReader
@@ -45,6 +47,9 @@ class Reader:
         self.checkpoint = checkpoint if checkpoint is not None else read_checkpoint(FolderFiles(folder))
         self.dense = self.checkpoint
         """The headers of what is handed out: the checkpoint's own, unless a reader unpacks it."""
+        self.hashing = False
+        """Whether to take the sha256 of every block that is read from here on, for ``content``."""
+        self._digests: dict[int | None, str] = {}
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
         count = int(self.checkpoint.config["num_hidden_layers"])
         for header in self.checkpoint.tensors.values():
@@ -62,11 +67,28 @@ class Reader:
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Return the saved tensors of one block, by their full saved names."""
-        return self._read(self._blocks.get(index, ()))
+        return self._known(index, self._read(self._blocks.get(index, ())))
 
     def outside(self) -> dict[str, Tensor]:
         """Return the saved tensors that belong to no block: embeddings, final norm, head."""
-        return self._read(self._blocks[None])
+        return self._known(None, self._read(self._blocks[None]))
+
+    def content(self) -> str:
+        """Return the sha256 of all tensors as they are stored; blocks that were read before are not read again."""
+        self.hashing = True
+        for index in (None, *range(int(self.checkpoint.config["num_hidden_layers"]))):
+            if index not in self._digests:
+                self._known(index, self._read(self._blocks.get(index, ())))
+        return hashlib.sha256(json.dumps(sorted(map(str, self._digests.items()))).encode()).hexdigest()
+
+    def _known(self, index: int | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.hashing and index not in self._digests:
+            digest = hashlib.sha256()
+            for name in sorted(tensors):
+                digest.update(name.encode())
+                digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+            self._digests[index] = digest.hexdigest()
+        return tensors
 
     def _read(self, headers: Iterable[TensorHeader]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

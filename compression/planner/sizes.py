@@ -47,7 +47,14 @@ class Cut:
     """A recipe resolved against one model: all that decides bytes."""
 
     experts_kept: int
+    """In every MoE layer, before any are dropped from all of them together."""
     blocks_dropped: int = 0
+    layers_dropped: int = 0
+    """MoE layers gone from blocks that stay."""
+    zero_dense_width: int | None = None
+    """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
+    experts_dropped: int = 0
+    """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
     schemes: Mapping[Component, str] = field(default_factory=dict[Component, str])
     """The scheme of each component that is quantized; absent means kept as it is."""
     group_size: int = WHOLE_ROW
@@ -154,9 +161,36 @@ def artifact_sizes(inventory: Inventory, cut: Cut) -> Sizes:
     components = _by_component(planned_tensors(inventory, cut, None))
     for kind in inventory.kinds:
         _add(components, by_kind[kind], 1)
-    _add(components, by_kind[inventory.droppable[0]], -cut.blocks_dropped)
+    droppable = inventory.droppable[0]
+    _add(components, by_kind[droppable], -cut.blocks_dropped)
+    if cut.layers_dropped:
+        _add(components, _of_moe_layer(inventory, cut), -cut.layers_dropped)
+    if cut.experts_dropped:
+        _add(components, expert_bytes(inventory, cut, inventory.blocks[droppable]), -cut.experts_dropped)
     blocks = tuple(sum(by_kind[kind].values()) for kind in inventory.kinds)
     return Sizes(components, blocks, sum(components.values()))
+
+
+def expert_bytes(inventory: Inventory, cut: Cut, block: Block) -> dict[Component, int]:
+    """Return what one routed expert of a block takes, its row of the router included."""
+    more, fewer = (_by_component(planned_tensors(inventory, replace(cut, experts_kept=kept), block)) for kept in (2, 1))
+    return {component: more[component] - fewer[component] for component in more}
+
+
+def _of_moe_layer(inventory: Inventory, cut: Cut) -> dict[Component, int]:
+    """Return what a block loses with its MoE layer: all of that, and its norm or, for a stock class, nothing but that."""
+    block = inventory.blocks[inventory.droppable[0]]
+    norm = f"{inventory.architecture.feed_forward_norm}."
+    gone = dict.fromkeys(COMPONENTS, 0)
+    for tensor in planned_tensors(inventory, cut, block):
+        is_norm = tensor.name_in_source.split(".", block_depth(tensor.name_in_source))[-1].startswith(norm)
+        if tensor.component in MOE_LAYER or (is_norm and cut.zero_dense_width is None):
+            gone[tensor.component] += tensor.bytes
+    if cut.zero_dense_width is not None:
+        width = config_count(inventory.config, "hidden_size")
+        dtype = next(part.header.dtype for part in block.parts if part.component == "router" and len(part.header.shape) == 2)
+        gone["dense"] -= 3 * cut.zero_dense_width * width * DTYPE_BITS[dtype] // 8
+    return gone
 
 
 def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
