@@ -1,7 +1,7 @@
 """The table: where each ``model_type`` keeps its blocks, router and experts, and how its config counts them.
 
 An architecture is data: one frozen record, listed by hand, each proved by tests that run over the whole table.
-Names are those in saved files (below ``model.layers.{i}.``) unless they are called running, which means the
+Names are those in saved files (below a block) unless they are called running, which means the
 attribute path inside a live stock block. transformers merges per-expert matrices into one fused parameter
 when it loads them; ``fused_on_disk`` marks the families that save the fused tensors themselves.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from compression.errors import BrokenCheckpoint, NotAMoE, UnsupportedArchitecture
 
@@ -31,6 +32,11 @@ class Architecture:
     """Always written to config.json; other spellings are kept true when the source has them."""
     moe: str
     """The MoE layer below a block in saved names; its experts sit at ``{moe}.experts``."""
+    layers: str = "model.layers"
+    """Saved name of the list of blocks; in a model of several towers, that of the language model."""
+    head: str = "lm_head"
+    text_config: tuple[str, ...] = ()
+    """Where config.json keeps the settings of the language model: keys from the outside in, none where they lie on top."""
     router: str = "gate"
     """The router below the MoE layer in saved names."""
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -73,10 +79,10 @@ class Architecture:
 
     def component_of(self, name: str) -> Component:
         """Return the component that a saved tensor belongs to."""
-        block = block_of(name)
+        block = self.block_of(name)
         if block is None:
-            return "embeddings" if name.startswith(("model.embed_tokens.", "lm_head.")) else "other"
-        rest = name.split(".", 3)[3]
+            return "embeddings" if name.startswith((f"{self.embedding}.", f"{self.head}.")) else "other"
+        rest = self.place_of(name)
         if rest.startswith("self_attn."):
             return "attention"
         if rest.startswith(f"{self.moe}.experts."):
@@ -87,13 +93,53 @@ class Architecture:
             return "shared_experts"
         return "dense" if rest.startswith("mlp.") else "other"
 
+    def block_of(self, name: str) -> int | None:
+        """Return the index of the block that a saved tensor belongs to; None outside the blocks."""
+        match = re.match(r"\.(\d+)\.", name[len(self.layers) :]) if name.startswith(self.layers) else None
+        return int(match[1]) if match else None
+
+    def place_of(self, name: str) -> str:
+        """Return the name, below its block, of a saved tensor that belongs to one."""
+        return name[len(self.layers) + 1 :].split(".", 1)[1]
+
+    def prefix(self, block: int) -> str:
+        """Return what the saved names of a block's tensors begin with."""
+        return f"{self.layers}.{block}."
+
     def router_name(self, block: int) -> str:
         """Return the saved name of a block's router weight [experts, width]."""
-        return f"model.layers.{block}.{self.moe}.{self.router}.weight"
+        return f"{self.prefix(block)}{self.moe}.{self.router}.weight"
 
     def experts_prefix(self, block: int) -> str:
         """Return the saved name under which a block's experts are kept."""
-        return f"model.layers.{block}.{self.moe}.experts"
+        return f"{self.prefix(block)}{self.moe}.experts"
+
+    @property
+    def embedding(self) -> str:
+        """The saved name of the token embedding, without ``.weight``."""
+        return f"{self.layers.removesuffix('layers')}embed_tokens"
+
+    def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the language model's settings out of a config.json."""
+        found: object = config
+        for key in self.text_config:
+            found = cast("Mapping[str, object]", found).get(key)
+            if not isinstance(found, Mapping):
+                raise BrokenCheckpoint(f"config.json has no object {'.'.join(self.text_config)}")
+        return cast("Mapping[str, Any]", found)
+
+    def changed(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of a config.json with some of the language model's settings changed."""
+        after = deepcopy(dict(config))
+        inside: dict[str, Any] = after
+        for key in self.text_config:
+            inside = inside[key]
+        inside.update(changes)
+        return after
+
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """Return how many blocks a checked config.json declares."""
+        return int(self.settings(config)["num_hidden_layers"])
 
     def expert_of(self, name: str) -> int | None:
         """Return which expert a saved tensor belongs to; None for all else, and for fused tensors."""
@@ -168,14 +214,8 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
 def expert_count(architecture: Architecture, config: Mapping[str, Any]) -> int:
     """Return the number of routed experts that the config declares."""
     for key in (*architecture.expert_count_keys, *EXPERT_COUNT_SPELLINGS):
-        value = config.get(key)
+        value = architecture.settings(config).get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     spellings = ", ".join(architecture.expert_count_keys)
     raise BrokenCheckpoint(f"config.json does not say how many experts there are ({spellings})")
-
-
-def block_of(name: str) -> int | None:
-    """Return the index of the block that a saved tensor belongs to; None outside the blocks."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else None

@@ -31,7 +31,7 @@ def balance_block_(
     treatment_of: Callable[[Component], Treatment | None],
 ) -> None:
     """Move a scale from each norm into its readers, in ``saved``, the live experts and the statistics alike."""
-    work = _Balancing(saved, collected, architecture, f"model.layers.{index}.", treatment_of)
+    work = _Balancing(saved, collected, architecture, architecture.prefix(index), treatment_of)
     for norm, readers in architecture.attention_norms:
         work.balance_(norm, [f"self_attn.{reader}" for reader in readers], None)
     layer = moe_layer(architecture, block)

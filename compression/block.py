@@ -65,7 +65,7 @@ class Shell:
         self.model.tie_weights()
         in_blocks = set(self.blocks.modules())
         _revive_buffers(self.model, [m for m in self.model.modules() if m not in in_blocks], self.device)
-        self._refuse_holes((n, t) for n, t in _tensors(self.model) if ".layers." not in n)
+        self._refuse_holes((n, t) for n, t in _tensors(self.model) if not n.startswith(f"{self._path}."))
 
     def _build(self, config: Mapping[str, Any], device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -86,6 +86,7 @@ class Shell:
                 if hasattr(self._quantizer, "compressor"):
                     self._quantizer.compressor.remove_decompression_hook(self.model)
         self.blocks = cast(nn.ModuleList, self.model.get_decoder().layers)
+        self._path = next(name for name, module in self.model.named_modules() if module is self.blocks)
 
     def _make_quantizer(self) -> Any:
         user_agent = {"framework": "pytorch", "from_auto": False}
@@ -100,7 +101,7 @@ class Shell:
         try:
             self._load(saved)
             _revive_buffers(self.model, list(block.modules()), self.device)
-            self._refuse_holes((f"model.layers.{index}.{n}", t) for n, t in _tensors(block))
+            self._refuse_holes((f"{self._path}.{index}.{n}", t) for n, t in _tensors(block))
             _unpack(block)
             yield block
         finally:

@@ -125,7 +125,7 @@ class Run:
     def study_and_choose(self) -> None:
         """Look at the untouched model once, and decide what goes."""
         config = self.reader.config
-        everything = range(int(config["num_hidden_layers"]))
+        everything = range(self.architecture.block_count(config))
         mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.dense.tensors]
         experts = {b: self.reader.dense.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
         whole = Cuts(tuple(everything), {b: tuple(range(experts[b])) for b in mixtures})
@@ -138,7 +138,8 @@ class Run:
             sweep(shell, self.reader, stream, observer, self.progress.block)
             self.study = observer.study
         candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
-        groups = int(config.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
+        settings = self.architecture.settings(config)
+        groups = int(settings.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
         self.whole, self.cuts = whole, choose_cuts(self.trims, self.study, whole, candidates=candidates, groups=groups)
 
     def compress_blocks(self) -> None:

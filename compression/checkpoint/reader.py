@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.architectures import block_of
+from compression.architectures import find_architecture
 from compression.checkpoint.headers import Checkpoint, FolderFiles, TensorHeader, read_checkpoint
 from compression.errors import BrokenCheckpoint, NonFiniteWeights
 from compression.planner.inventory import is_left_behind
@@ -51,10 +51,11 @@ class Reader:
         """Whether to take the sha256 of every block that is read from here on, for ``content``."""
         self._digests: dict[int | None, str] = {}
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
-        count = int(self.checkpoint.config["num_hidden_layers"])
+        self.architecture = find_architecture(self.checkpoint.config)
+        count = self.architecture.block_count(self.checkpoint.config)
         for header in self.checkpoint.tensors.values():
-            if not is_left_behind(header.name, count):
-                self._blocks[block_of(header.name)].append(header)
+            if not is_left_behind(self.architecture, header.name, count):
+                self._blocks[self.architecture.block_of(header.name)].append(header)
 
     @property
     def config(self) -> dict[str, Any]:

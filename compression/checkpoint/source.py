@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.architectures import block_of
 from compression.block import Unpacker
 from compression.checkpoint.headers import Checkpoint, FolderFiles, TensorHeader, read_checkpoint
 from compression.checkpoint.reader import TORCH_DTYPES, Reader
@@ -41,7 +40,7 @@ class UnpackingReader(Reader):
         self._planned: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
         for name, header in dense.tensors.items():
             if name not in self._as_stored:
-                self._planned[block_of(name)].append(header)
+                self._planned[self.architecture.block_of(name)].append(header)
         self._unpacker = Unpacker(dense.config, unpacked.loading, device)
 
     @property
@@ -63,7 +62,10 @@ class UnpackingReader(Reader):
         for name, tensor in stored.items():
             (tensors if name in self._as_stored else packed)[name] = tensor
         stored.clear()
-        return tensors | self._checked(self._unpacker.dense(packed), block_of(min(packed))) if packed else tensors
+        if not packed:
+            return tensors
+        block = self.architecture.block_of(min(packed))
+        return tensors | self._checked(self._unpacker.dense(packed), block)
 
     def _checked(self, unpacked: dict[str, Tensor], block: int | None) -> dict[str, Tensor]:
         """Return of the unpacked tensors those that were planned, each as it was planned; scales may be left over."""

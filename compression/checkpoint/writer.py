@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compression.architectures import Architecture
+from compression.architectures import Architecture, find_architecture
 from compression.errors import DiskFull, VerificationFailed
 from compression.planner.sizes import FLOAT
 from compression.recipe import BITS, Pattern, Quantize
@@ -41,7 +41,7 @@ class Writer:
         self.folder = folder
         self.bytes = 0
         """Tensor bytes written so far."""
-        self._shards = int(config["num_hidden_layers"]) + 1
+        self._shards = find_architecture(config).block_count(config) + 1
         self._needs_runtime = needs_runtime(config)
         self._weight_map: dict[str, str] = {}
         self._hand = ThreadPoolExecutor(1, thread_name_prefix="shards")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compression.architectures import Architecture, block_of
+from compression.architectures import Architecture
 from compression.block import quiet
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import RUNTIME, needs_runtime, write_json
@@ -55,7 +56,7 @@ def verify(
     mode = "whole" if whole else "windows"
     opener = _opener(artifact)
     opened_BSV = (
-        _whole(artifact, ids_BS, logits_BSV.device)
+        _whole(artifact, architecture, ids_BS, logits_BSV.device)
         if whole
         else in_windows(artifact, architecture, ids_BS=ids_BS, device=logits_BSV.device)
     )
@@ -78,13 +79,13 @@ def in_windows(
     artifact: Path, architecture: Architecture, *, ids_BS: Tensor, device: torch.device, blocks: int = _BLOCKS_PER_WINDOW
 ) -> Tensor:
     """Return the logits [B, S, V] of an artifact that is never in memory as a whole."""
-    count = int(_config(artifact)["num_hidden_layers"])
+    count = architecture.block_count(_config(artifact))
     inputs: dict[str, Tensor] = {"input_ids": ids_BS.to(device)}
     logits_BSV = torch.empty(0)
     for first in range(0, count, blocks):
         window = range(first, min(first + blocks, count))
         with tempfile.TemporaryDirectory(prefix="slimtrim-window-") as folder:
-            model = _open(_window(artifact, architecture, window, Path(folder)), device, window)
+            model = _open(_window(artifact, architecture, window, Path(folder)), device, architecture, window)
             logits_BSV, hidden_BSD = _run(model, inputs)
             inputs = {"inputs_embeds": hidden_BSD}
             del model
@@ -109,7 +110,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _scan(reader: Reader, on_block: OnBlock) -> int:
-    blocks = int(reader.checkpoint.config["num_hidden_layers"])
+    blocks = reader.architecture.block_count(reader.checkpoint.config)
     scanned = 0
     for index in range(-1, blocks):
         for name, tensor in (reader.outside() if index < 0 else reader.block(index)).items():
@@ -123,12 +124,12 @@ def _scan(reader: Reader, on_block: OnBlock) -> int:
     return scanned
 
 
-def _whole(artifact: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
-    return _run(_open(artifact, device, range(0)), {"input_ids": ids_BS.to(device)})[0]
+def _whole(artifact: Path, architecture: Architecture, ids_BS: Tensor, device: torch.device) -> Tensor:
+    return _run(_open(artifact, device, architecture, range(0)), {"input_ids": ids_BS.to(device)})[0]
 
 
-def _open(folder: Path, device: torch.device, window: range) -> Any:
-    renamed = {rf"model\.layers\.{block}\.": f"model.layers.{place}." for place, block in enumerate(window)}
+def _open(folder: Path, device: torch.device, architecture: Architecture, window: range) -> Any:
+    renamed = {re.escape(architecture.prefix(block)): architecture.prefix(place) for place, block in enumerate(window)}
     from_pretrained: Any = open_model if needs_runtime(_config(folder)) else AutoModelForCausalLM.from_pretrained
     try:
         with quiet():
@@ -157,7 +158,8 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _window(artifact: Path, architecture: Architecture, window: range, folder: Path) -> Path:
     write_json(folder / "config.json", cut_config(_config(artifact), architecture, Cuts(tuple(window), {})))
     index = json.loads((artifact / "model.safetensors.index.json").read_text())
-    weight_map = {name: file for name, file in index["weight_map"].items() if block_of(name) is None or block_of(name) in window}
+    inside = {None, *window}
+    weight_map = {name: file for name, file in index["weight_map"].items() if architecture.block_of(name) in inside}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     for file in set(weight_map.values()):
         (folder / file).symlink_to((artifact / file).resolve())

@@ -19,7 +19,6 @@ from compression.architectures import (
     EXPERT_COUNT_SPELLINGS,
     Architecture,
     Component,
-    block_of,
     expert_count,
     find_architecture,
 )
@@ -68,6 +67,7 @@ class Inventory:
 
     architecture: Architecture
     config: Mapping[str, Any]
+    """config.json, but of several towers only the language model's settings."""
     blocks: tuple[Block, ...]
     outside: tuple[Part, ...]
     left_behind: tuple[TensorHeader, ...]
@@ -110,9 +110,9 @@ class Inventory:
 def take_inventory(checkpoint: Checkpoint) -> Inventory:
     """Return what the checkpoint holds, or refuse it: unknown family, no experts, quantized in ways unknown, broken."""
     source, (checkpoint, unpacked) = checkpoint, dense_checkpoint(checkpoint)
-    config = checkpoint.config
-    architecture = find_architecture(config)
-    experts = _agreed_expert_count(architecture, config)
+    architecture = find_architecture(checkpoint.config)
+    config = architecture.settings(checkpoint.config)
+    experts = _agreed_expert_count(architecture, checkpoint.config)
     top_k = config_count(config, "num_experts_per_tok")
     if top_k > experts:
         raise BrokenCheckpoint(f"config.json uses {top_k} experts per token and declares {experts}")
@@ -127,8 +127,8 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
         _check_block(architecture, config, block, experts=experts)
     if not any(block.is_mixture for block in blocks):
         raise NotAMoE("no block of this model has a router, so there are no experts to compress")
-    _check_same_names(blocks)
-    _check_outside(config, outside)
+    _check_same_names(architecture, blocks)
+    _check_outside(architecture, checkpoint.config, outside)
     on_disk = sum(header.bytes for header in source.tensors.values()) - sum(header.bytes for header in left_behind)
     stored_as = None if unpacked is None else unpacked.stored_as
     return Inventory(
@@ -145,16 +145,16 @@ def dense_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, Unpacked | Non
     config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
     if not is_quantized(checkpoint.config):
         return Checkpoint(config, checkpoint.tensors), None
-    blocks = config_count(config, "num_hidden_layers")
-    left_behind = {name: header for name, header in checkpoint.tensors.items() if is_left_behind(name, blocks)}
+    blocks = config_count(architecture.settings(config), "num_hidden_layers")
+    left_behind = {name: header for name, header in checkpoint.tensors.items() if is_left_behind(architecture, name, blocks)}
     model = {name: header for name, header in checkpoint.tensors.items() if name not in left_behind}
     unpacked = unpack_headers(architecture, checkpoint.config, model)
     return Checkpoint({**config, "dtype": unpacked.dtype}, unpacked.tensors | left_behind), unpacked
 
 
-def is_left_behind(name: str, blocks: int) -> bool:
+def is_left_behind(architecture: Architecture, name: str, blocks: int) -> bool:
     """Say whether a saved tensor is no part of a model of that many blocks, and is therefore not copied."""
-    block = block_of(name)
+    block = architecture.block_of(name)
     return (block is not None and block >= blocks) or name.startswith("mtp.") or bool(_ROTARY_BUFFER.search(name))
 
 
@@ -174,8 +174,9 @@ def _agreed_expert_count(architecture: Architecture, config: Mapping[str, Any]) 
     if experts > _MAX_EXPERTS:
         raise BrokenCheckpoint(f"config.json declares {str(experts)[:40]} experts; more than {_MAX_EXPERTS} are not believed")
     for key in EXPERT_COUNT_SPELLINGS:
-        if config.get(key) not in (None, experts):
-            raise BrokenCheckpoint(f"config.json declares {experts} experts, but {key} is {str(config[key])[:40]!r}")
+        value = architecture.settings(config).get(key)
+        if value not in (None, experts):
+            raise BrokenCheckpoint(f"config.json declares {experts} experts, but {key} is {str(value)[:40]!r}")
     return experts
 
 
@@ -190,13 +191,13 @@ def _refuse_quantized_tensors(parts: Iterable[Part]) -> None:
 
 def _sort_tensors(architecture: Architecture, checkpoint: Checkpoint) -> tuple[list[list[Part]], list[Part], list[TensorHeader]]:
     """Return the parts of each block, the parts outside, and what is left behind."""
-    blocks = config_count(checkpoint.config, "num_hidden_layers")
+    blocks = config_count(architecture.settings(checkpoint.config), "num_hidden_layers")
     inside: defaultdict[int, list[Part]] = defaultdict(list)
     outside: list[Part] = []
     left_behind: list[TensorHeader] = []
     for name, header in checkpoint.tensors.items():
-        index = block_of(name)
-        if is_left_behind(name, blocks):
+        index = architecture.block_of(name)
+        if is_left_behind(architecture, name, blocks):
             left_behind.append(header)
         elif index is None:
             outside.append(Part(header, name, architecture.component_of(name), None))
@@ -210,7 +211,7 @@ def _sort_tensors(architecture: Architecture, checkpoint: Checkpoint) -> tuple[l
 
 
 def _part(architecture: Architecture, index: int, header: TensorHeader) -> Part:
-    prefix = f"model.layers.{index}."
+    prefix = architecture.prefix(index)
     if not header.name.startswith(prefix):
         raise BrokenCheckpoint(f"tensor {header.name!r} does not write its block's number as stock classes do")
     expert = architecture.expert_of(header.name)
@@ -307,24 +308,24 @@ def _check_matrices(
             )
 
 
-def _check_same_names(blocks: tuple[Block, ...]) -> None:
+def _check_same_names(architecture: Architecture, blocks: tuple[Block, ...]) -> None:
     """Refuse a block that lacks a tensor which another block of its kind has."""
-    _check_lacking(blocks, ("attention", "other"))
-    _check_lacking([block for block in blocks if block.is_mixture], ("router", "shared_experts", "dense"))
-    _check_lacking([block for block in blocks if not block.is_mixture], ("dense",))
+    _check_lacking(architecture, blocks, ("attention", "other"))
+    _check_lacking(architecture, [block for block in blocks if block.is_mixture], ("router", "shared_experts", "dense"))
+    _check_lacking(architecture, [block for block in blocks if not block.is_mixture], ("dense",))
 
 
-def _check_lacking(blocks: Sequence[Block], components: tuple[Component, ...]) -> None:
+def _check_lacking(architecture: Architecture, blocks: Sequence[Block], components: tuple[Component, ...]) -> None:
     places = [{part.place for part in block.parts if part.component in components} for block in blocks]
     everything = set[str]().union(*places)
     for block, own in zip(blocks, places, strict=True):
         if len(own) < len(everything):
-            raise BrokenCheckpoint(f"tensor 'model.layers.{block.index}.{min(everything - own)}' is missing")
+            raise BrokenCheckpoint(f"tensor '{architecture.prefix(block.index)}{min(everything - own)}' is missing")
 
 
-def _check_outside(config: Mapping[str, Any], outside: Iterable[Part]) -> None:
-    needed = {"model.embed_tokens.weight", "model.norm.weight"}
+def _check_outside(architecture: Architecture, config: Mapping[str, Any], outside: Iterable[Part]) -> None:
+    needed = {f"{architecture.embedding}.weight", "model.norm.weight"}
     if not config.get("tie_word_embeddings"):
-        needed.add("lm_head.weight")
+        needed.add(f"{architecture.head}.weight")
     if missing := sorted(needed - {part.place for part in outside}):
         raise BrokenCheckpoint(f"tensor {missing[0]!r} is missing")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, NoReturn, cast
 
-from compression.architectures import Architecture, block_of
+from compression.architectures import Architecture
 from compression.checkpoint.headers import DTYPE_BITS, TensorHeader
 from compression.errors import BrokenCheckpoint, QuantizedSource
 
@@ -33,7 +33,6 @@ METHODS = (
 )
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SCALE_DTYPES = ("BF16", "F16", "F32")
-_EMBEDDING = "model.embed_tokens.weight"
 _MXFP4_GROUP = 32
 _UNREAD = (
     ".weight_zero_point", ".weight_g_idx", ".weight_global_scale", ".activation_scale", ".input_scale",
@@ -74,7 +73,7 @@ def unpack_headers(architecture: Architecture, config: Mapping[str, Any], tensor
     """Return what the tensors of a quantized model are once unpacked, or refuse how they are stored."""
     quantization = _checked_config(config)
     method = str(quantization.get("quant_method"))[:40]
-    dtype = _model_dtype(config, tensors)
+    dtype = _model_dtype(architecture, config, tensors)
     match method:
         case "fp8":
             dense, loading = _fp8(quantization, tensors, _CONFIG_DTYPES[dtype])
@@ -110,12 +109,12 @@ def _refuse(found: str) -> NoReturn:
     )
 
 
-def _model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> str:
+def _model_dtype(architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> str:
     """Return the dtype of the dense model: config.json's, or the embedding's where it is silent."""
     named: object = config.get("dtype") or config.get("torch_dtype")
     if not named:
-        embedding = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else None
-        named = next((name for name, dtype in _CONFIG_DTYPES.items() if dtype == embedding), None)
+        embedding = tensors.get(f"{architecture.embedding}.weight")
+        named = next((name for name, dtype in _CONFIG_DTYPES.items() if embedding and dtype == embedding.dtype), None)
     if not isinstance(named, str) or named not in _CONFIG_DTYPES:
         raise BrokenCheckpoint(f"config.json has no proper dtype for the unpacked weights: {str(named)[:40]!r}")
     return named
@@ -294,7 +293,7 @@ def _check_experts_alike(architecture: Architecture, dense: Mapping[str, TensorH
     seen: dict[tuple[int | None, bool], bool] = {}
     for name in dense:
         if architecture.expert_of(name) is not None:
-            place = (block_of(name), down in name)
+            place = (architecture.block_of(name), down in name)
             if seen.setdefault(place, name in packed) != (name in packed):
                 raise BrokenCheckpoint(f"tensor {name!r} is not stored as the same matrices of the block's other experts are")
 

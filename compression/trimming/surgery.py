@@ -8,7 +8,6 @@ Shapes: E experts, the first dimension of everything that is cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def cut_block(
     cut: dict[str, Tensor] = {}
     place = None if experts is None else {expert: new for new, expert in enumerate(experts)}
     for name, tensor in saved.items():
-        renamed = name.replace(f"model.layers.{source}.", f"model.layers.{index}.", 1)
+        renamed = name.replace(architecture.prefix(source), architecture.prefix(index), 1)
         expert = architecture.expert_of(name)
         if place is None or experts is None or architecture.component_of(name) not in ("experts", "router"):
             cut[renamed] = tensor
@@ -44,25 +43,30 @@ def cut_config(
 
     ``experts`` is the uniform expert count of the artifact; None leaves the count alone.
     """
-    after: dict[str, Any] = deepcopy({key: value for key, value in config.items() if key != "auto_map"})  # no code travels
-    blocks = int(config["num_hidden_layers"])
-    if len(cuts.blocks) != blocks:
-        after["num_hidden_layers"] = len(cuts.blocks)
-        after |= _per_layer_lists(config, architecture, cuts.blocks)
-        after |= _dense_blocks(config, architecture, cuts.blocks)
+    settings = architecture.settings(config)
+    changes: dict[str, Any] = {}
+    if len(cuts.blocks) != architecture.block_count(config):
+        changes["num_hidden_layers"] = len(cuts.blocks)
+        changes |= _per_layer_lists(config, architecture, cuts.blocks)
+        changes |= _dense_blocks(settings, architecture, cuts.blocks)
     if experts is not None:
-        spellings = {key for key in EXPERT_COUNT_SPELLINGS if key in config}
-        after |= dict.fromkeys([*architecture.expert_count_keys, *sorted(spellings)], experts)
+        spellings = {key for key in EXPERT_COUNT_SPELLINGS if key in settings}
+        changes |= dict.fromkeys([*architecture.expert_count_keys, *sorted(spellings)], experts)
+    after = architecture.changed(config, changes)
+    after.pop("auto_map", None)  # no code travels
     return after
 
 
 def _per_layer_lists(config: Mapping[str, Any], architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
     # Some classes derive these lists from the block's index: after a cut only the list itself is true.
-    stock = stock_config(config)
+    stock: Any = stock_config(config)
+    for key in architecture.text_config:
+        stock = getattr(stock, key)
+    settings, blocks = architecture.settings(config), architecture.block_count(config)
     lists: dict[str, Any] = {}
     for key in architecture.per_layer_lists:
-        values = config.get(key) or getattr(stock, key, None)
-        if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
+        values = settings.get(key) or getattr(stock, key, None)
+        if isinstance(values, list) and len(values) == blocks:
             lists[key] = [values[block] for block in kept]
     return lists
 

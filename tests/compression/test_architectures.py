@@ -11,7 +11,6 @@ import pytest
 from compression.architectures import (
     ARCHITECTURES,
     EXPERT_COUNT_SPELLINGS,
-    block_of,
     expert_count,
     find_architecture,
 )
@@ -174,10 +173,10 @@ def test_the_expert_count_is_found_in_any_spelling_and_never_guessed():
 
 
 def test_a_name_outside_the_blocks_belongs_to_no_block():
-    assert block_of("model.layers.12.mlp.gate.weight") == 12
-    assert block_of("model.norm.weight") is None
-    assert block_of("model.layers.x.mlp") is None
-    assert block_of("other.model.layers.3.mlp") is None
+    assert ARCHITECTURES["mixtral"].block_of("model.layers.12.mlp.gate.weight") == 12
+    assert ARCHITECTURES["mixtral"].block_of("model.norm.weight") is None
+    assert ARCHITECTURES["mixtral"].block_of("model.layers.x.mlp") is None
+    assert ARCHITECTURES["mixtral"].block_of("other.model.layers.3.mlp") is None
 
 
 def test_names_that_only_look_like_an_expert_are_none():
