@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from compression.analysis.likeness import likeness
 from compression.architectures import Architecture
+from compression.block import Shell
+from compression.checkpoint.reader import Reader
 from compression.collect import probability
+from compression.memory import give_back
 from compression.moe import MoELayer, Outputs, Routed, moe_layer
 from compression.study import RATIO_BINS, ExpertStatistics, Part, Sample, Study
-from compression.sweep import Stream
+from compression.sweep import OnBlock, Stream
 from compression.trials import trial_errors
 
 SAMPLED_TOKENS = 2048
@@ -42,8 +45,8 @@ class Observer:
         self, architecture: Architecture, domains: tuple[str, ...], domain_N: Tensor, parts: Iterable[Part] = ("tokens",)
     ) -> None:
         """``domain_N``: index into ``domains`` of each sequence; ``parts``: what to gather, see ``study.py``."""
-        wanted = frozenset(parts)
-        self.study = Study(domains=domains, parts=wanted, seconds=dict.fromkeys(sorted(wanted), 0.0))
+        wanted: frozenset[Part] = frozenset(parts) | {"weights"}
+        self.study = Study(domains=domains, parts=wanted)
         self._architecture = architecture
         self._domain_N = domain_N
         self._spans = _Spans(len(domains))
@@ -87,6 +90,17 @@ class Observer:
         start = time.perf_counter()
         yield
         self.study.seconds[part] = self.study.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def weigh(shell: Shell, reader: Reader, architecture: Architecture, on_block: OnBlock) -> Study:
+    """Return a study of the weights alone: no token, no activation."""
+    observer = Observer(architecture, ("text",), torch.zeros(1, dtype=torch.int64), ("weights",))
+    for index in range(len(shell.blocks)):
+        with shell.live(index, reader.block(index)) as block:
+            observer.weigh(index, block)
+        give_back()
+        on_block(index + 1, len(shell.blocks), f"weighed block {index + 1} of {len(shell.blocks)}")
+    return observer.study
 
 
 class _Watch:

@@ -44,15 +44,23 @@ _WITNESS_TOKENS = 512
 
 
 def compress(
-    request: Compression, model: Path, out: Path, listener: Listener | None = None, *, host_memory: int | None = None
+    request: Compression,
+    model: Path,
+    out: Path,
+    listener: Listener | None = None,
+    *,
+    host_memory: int | None = None,
+    studies: Path | None = None,
 ) -> Report:
     """Compress the checkpoint in folder ``model`` into folder ``out`` as the request asks, and report what was lost.
 
-    ``host_memory``: bytes that this run may plan with; what is free when it is not given.
+    ``host_memory``: bytes that this run may plan with; what is free when it is not given. ``studies``: folder in which studies
+    are kept and found again; without one, every run looks at the untouched model anew.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()
-    run = Run(request, open_source(model, _device()), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
+    memory = host_memory or psutil.virtual_memory().available
+    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies)
     with run.stage("planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
@@ -81,7 +89,9 @@ class Run:
     host_memory: int
     device: torch.device = field(default_factory=lambda: _device())
     seconds: dict[str, float] = field(default_factory=dict)
+    studies: Path | None = None
     study: Study | None = None
+    study_reused: bool = False
 
     def __post_init__(self) -> None:
         self.architecture: Architecture = find_architecture(self.reader.config)
@@ -101,7 +111,7 @@ class Run:
         self.plan: Plan = make_plan(self.request, self.reader.checkpoint)
         self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": self.plan.steps}).steps
         self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
-        self.trims = tuple(step for step in self.steps if isinstance(step, ExpertDrop | BlockDrop))
+        self.parts = parts_for(self.steps)
         self.slimming = Slimming(
             next((step for step in self.steps if isinstance(step, Prune)), None),
             self.quantize,
@@ -109,7 +119,7 @@ class Run:
         )
         settings = self.request.calibration
         folder = self.reader.folder
-        needed = bool(self.trims) or self.slimming.needs != "nothing"
+        needed = bool(self.parts - {"weights"}) or self.slimming.needs != "nothing"
         self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
         length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
         self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
@@ -123,24 +133,48 @@ class Run:
             self.progress.warn(warning["code"], warning["message"])
 
     def study_and_choose(self) -> None:
-        """Look at the untouched model once, and decide what goes."""
-        config = self.reader.config
-        everything = range(self.architecture.block_count(config))
-        mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.dense.tensors]
+        """Look at the untouched model once, unless that was done before, and decide what goes."""
+        blocks = range(self.architecture.block_count(self.reader.config))
+        mixtures = [b for b in blocks if self.architecture.router_name(b) in self.reader.dense.tensors]
         experts = {b: self.reader.dense.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
-        whole = Cuts(tuple(everything), {b: tuple(range(experts[b])) for b in mixtures})
-        if self.trims:
-            assert self.calibration is not None
-            norms = any(isinstance(step, ExpertDrop) and step.criterion == "reap" for step in self.trims)
-            observer = Observer(self.architecture, self.calibration.domain_N, output_norms=norms)
-            shell = Shell(config, self.reader.outside(), self.device)
-            stream = Stream(shell, self.calibration.ids_NS, dtype=working_dtype(self.device, shell.dtype))
-            sweep(shell, self.reader, stream, observer, self.progress.block)
-            self.study = observer.study
+        self.whole = Cuts(tuple(blocks), {b: tuple(range(experts[b])) for b in mixtures})
+        if self.parts:
+            self.study = self._found_study() or self._new_study()
+        self.choice = self._choice()
+        self.cuts = choose_cuts(self.steps, self.study, self.whole, self.choice)
+
+    def _found_study(self) -> Study | None:
+        if self.studies is None or self.calibration is None:
+            return None
+        store, dtype = StudyStore(self.studies), working_dtype(self.device, dtype_of(self.architecture.settings(self.reader.config)))
+        found = store.find(self.reader, self.calibration.content_hash, self.parts, dtype)
+        self.study_reused = found is not None
+        return found
+
+    def _new_study(self) -> Study:
+        shell = Shell(self.reader.config, self.reader.outside(), self.device)
+        if self.calibration is None or self.parts == {"weights"}:
+            return weigh(shell, self.reader, self.architecture, self.progress.block)
+        self.reader.hashing = self.studies is not None
+        calibration, dtype = self.calibration, working_dtype(self.device, shell.dtype)
+        observer = Observer(self.architecture, calibration.domains, calibration.domain_N, self.parts)
+        sweep(shell, self.reader, Stream(shell, calibration.ids_NS, dtype=dtype), observer, self.progress.block)
+        if self.studies is not None:
+            StudyStore(self.studies).keep(observer.study, self.reader, calibration.content_hash, dtype)
+        return observer.study
+
+    def _choice(self) -> Choice:
+        inventory = take_inventory(self.reader.checkpoint)
+        routing = Routing(
+            experts=inventory.experts,
+            top_k=inventory.top_k,
+            groups=inventory.groups,
+            least_per_group=least_experts(inventory) // inventory.groups,
+            router=Routers(self.reader.config),
+        )
         candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
-        settings = self.architecture.settings(config)
-        groups = int(settings.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
-        self.whole, self.cuts = whole, choose_cuts(self.trims, self.study, whole, candidates=candidates, groups=groups)
+        spelling = stock_layer_drop(self.architecture, self.reader.config) if self.plan.profile == "portable" else None
+        return Choice(candidates, routing, prefix=spelling == "prefix")
 
     def compress_blocks(self) -> None:
         """Write the artifact, block by block, and check it against the plan."""

@@ -52,7 +52,7 @@ class Reader:
         self._digests: dict[int | None, str] = {}
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
         self.architecture = find_architecture(self.checkpoint.config)
-        count = self.architecture.block_count(self.checkpoint.config)
+        count = self._count = self.architecture.block_count(self.checkpoint.config)
         for header in self.checkpoint.tensors.values():
             if not is_left_behind(self.architecture, header.name, count):
                 self._blocks[self.architecture.block_of(header.name)].append(header)
@@ -77,7 +77,7 @@ class Reader:
     def content(self) -> str:
         """Return the sha256 of all tensors as they are stored; blocks that were read before are not read again."""
         self.hashing = True
-        for index in (None, *range(int(self.checkpoint.config["num_hidden_layers"]))):
+        for index in (None, *range(self._count)):
             if index not in self._digests:
                 self._known(index, self._read(self._blocks.get(index, ())))
         return hashlib.sha256(json.dumps(sorted(map(str, self._digests.items()))).encode()).hexdigest()

@@ -22,6 +22,8 @@ from compression.planner.inventory import Block, Inventory, Part, config_count
 from compression.recipe import BITS, AnyStep, Pattern, Profile, Prune, Quantize, Serving, parse_pattern
 
 QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
+MOE_LAYER: tuple[Component, ...] = ("experts", "router", "shared_experts")
+"""What goes when a MoE layer goes."""
 WHOLE_ROW = -1
 """The group size that gives a row of weights one scale."""
 FLOAT = "FP8_DYNAMIC"
@@ -183,7 +185,7 @@ def _of_moe_layer(inventory: Inventory, cut: Cut) -> dict[Component, int]:
     norm = f"{inventory.architecture.feed_forward_norm}."
     gone = dict.fromkeys(COMPONENTS, 0)
     for tensor in planned_tensors(inventory, cut, block):
-        is_norm = tensor.name_in_source.split(".", block_depth(tensor.name_in_source))[-1].startswith(norm)
+        is_norm = inventory.architecture.place_of(tensor.name_in_source).startswith(norm)
         if tensor.component in MOE_LAYER or (is_norm and cut.zero_dense_width is None):
             gone[tensor.component] += tensor.bytes
     if cut.zero_dense_width is not None:

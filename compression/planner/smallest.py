@@ -1,6 +1,6 @@
 """The fewest bytes that any recipe can leave: what a target is measured against before it is called unreachable.
 
-Fewest experts and blocks in any case. Then either every component takes the scheme that makes it smallest, or, in the
+Fewest experts and blocks in any case; in the custom profile, where layers may keep different counts, one expert in all. Then either every component takes the scheme that makes it smallest, or, in the
 custom profile, experts are pruned to the sparsest pattern that divides their inputs and stored packed. Not both: zeros in
 quantized weights save nothing.
 """
@@ -25,6 +25,9 @@ def smallest_cut(inventory: Inventory, serving: Serving, profile: Profile = "por
     """Return the cut that leaves the fewest bytes of all that a recipe can ask for."""
     counts = workable_counts(inventory, expert_parallel=serving.expert_parallel) or [inventory.experts]
     kept = Cut(counts[0], len(inventory.droppable) - 1)
+    if profile == "custom" and inventory.groups == 1 and serving.expert_parallel == 1:
+        mixtures = sum(block.is_mixture for block in inventory.blocks) - kept.blocks_dropped
+        kept = replace(kept, experts_dropped=mixtures * kept.experts_kept - 1)
     if inventory.architecture.fused_on_disk:
         return kept
     options = [kept, _quantized(inventory, kept, profile)]
