@@ -168,8 +168,8 @@ class _Watch:
 
     def _add(self, into: ExpertStatistics, domain_T: Tensor, routed: Routed, outputs: Outputs) -> None:
         experts, used = into.count_ME.shape[1], routed.ids_TK.shape[1]
-        norm_P = torch.linalg.vector_norm(outputs.value_PD, dim=1, dtype=torch.float32)
-        weight_P = routed.weights_TK.flatten()[outputs.order_P].float()
+        norm_P = _norm(outputs.value_PD)
+        weight_P = routed.weights_TK.flatten()[outputs.order_P].to(norm_P.dtype)
         weighted_P = weight_P * norm_P
         expert_P = torch.repeat_interleave(torch.arange(experts, device=norm_P.device), outputs.count_E)
         slot_P = domain_T[outputs.token_P] * experts + expert_P
@@ -203,7 +203,7 @@ class _Watch:
                 if not whole:
                     value_PD = value_PD[domain_T[tokens] == domain]
                 if len(value_PD):
-                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=torch.float32).double().cpu()
+                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=norm_P.dtype).double().cpu()
                     into.largest_ME[domain, expert] = max(
                         float(into.largest_ME[domain, expert]), float(value_PD.max()), -float(value_PD.min())
                     )
@@ -218,9 +218,10 @@ class _Watch:
         size = max(1, _OUTPUT_NUMBERS // (layer.count * x_SD.shape[1]))
         grams: list[Tensor] = []
         for some_SD in x_SD.split(size):
-            output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1).float()
+            output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1)
+            output_SED = output_SED.to(torch.promote_types(output_SED.dtype, torch.float32))
             grams.append(torch.bmm(output_SED, output_SED.mT).cpu())
-        return Sample(domain_S.cpu(), logits_SE.float().cpu(), weights_SE.cpu(), torch.cat(grams), self._router)
+        return Sample(domain_S.cpu(), logits_SE.cpu(), weights_SE.cpu(), torch.cat(grams), self._router)
 
     def _by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
         total_M = torch.zeros(self._count, dtype=torch.float64, device=value_T.device)
@@ -306,10 +307,14 @@ def _spread(stream: Stream, wanted: int) -> list[Tensor]:
 
 def _cosine(a_TD: Tensor, b_TD: Tensor) -> Tensor:
     # In one precision and one pass each; the product is rescaled in float64, where small norms do not underflow.
-    product_T = torch.linalg.vecdot(a_TD.float(), b_TD.float()).double()
-    norms_T = torch.linalg.vector_norm(a_TD, dim=1, dtype=torch.float32).double()
-    norms_T = norms_T * torch.linalg.vector_norm(b_TD, dim=1, dtype=torch.float32).double()
+    dtype = torch.promote_types(a_TD.dtype, torch.float32)
+    product_T = torch.linalg.vecdot(a_TD.to(dtype), b_TD.to(dtype)).double()
+    norms_T = _norm(a_TD).double() * _norm(b_TD).double()
     return product_T / norms_T.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _norm(value_TD: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value_TD, dim=1, dtype=torch.promote_types(value_TD.dtype, torch.float32))
 
 
 def _gram(value_TE: Tensor) -> Tensor:

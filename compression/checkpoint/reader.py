@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,23 @@ TORCH_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _CONFIG_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+class Model(Protocol):
+    """A checkpoint read a block at a time: as it is stored, or as cuts will leave it."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        ...
+
+    def outside(self) -> dict[str, Tensor]:
+        """Return the saved tensors that belong to no block."""
+        ...
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return the saved tensors of one block."""
+        ...
 
 
 class Reader:

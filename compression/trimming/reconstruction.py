@@ -51,7 +51,7 @@ class Search:
         kept_n = torch.tensor(kept)
         router = self._routers.setdefault(len(kept), self._make(len(kept)))
         extra = _adapt_(router, self._sample, kept_n)
-        _, weights_SK, ids_SK = router(self._sample.logits_SE, *extra)
+        _, weights_SK, ids_SK = router(self._sample.logits_SE.float(), *extra)
         return weights_SK, kept_n[ids_SK]
 
     def _squares(self, change_SE: Tensor, ids_SC: Tensor) -> Tensor:

@@ -1,0 +1,2 @@
+def choose(study, step, cuts, routing):
+    raise AssertionError("to come")
