@@ -34,7 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from compression.errors import BrokenCheckpoint
-from compression.runtime.slimtrim_runtime import CannotUnpack, with_weights
+from compression.runtime.slimtrim_runtime import CannotUnpack, shape_, stock_settings, with_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -78,6 +78,7 @@ class Shell:
         with torch.device("meta"), quiet():
             stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
             self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
+            shape_(self.model, config.get("slimtrim", {}))
             if self._quantizer is not None:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
@@ -227,7 +228,7 @@ class Unpacker(Shell):
 
 def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return the stock config object for the contents of a config.json."""
-    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(stock_settings(config)))
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.block import Call, Shell
-from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.reader import refuse_non_finite
 from compression.errors import NonFiniteWeights
 from compression.memory import give_back
 
@@ -32,6 +32,14 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 OnBlock = Callable[[int, int, str], None]
 """Told after every block how many are done, of how many, and a message; may raise Stopped."""
+
+
+class Blocks(Protocol):
+    """A checkpoint that is read a block at a time: as it is stored, or as cuts will leave it."""
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return the saved tensors of one block, by their full saved names."""
+        ...
 
 
 class Visitor(Protocol):
@@ -137,7 +145,7 @@ class Push:
         stream.push(index, block)
 
 
-def sweep(shell: Shell, reader: Reader, stream: Stream, visitor: Visitor, on_block: OnBlock) -> None:
+def sweep(shell: Shell, reader: Blocks, stream: Stream, visitor: Visitor, on_block: OnBlock) -> None:
     """Show every block of the checkpoint to the visitor, one live block at a time."""
     blocks = len(shell.blocks)
     for index in range(blocks):
