@@ -44,6 +44,8 @@ class Architecture:
     running_experts: str = "mlp.experts"
     """Path of the experts module inside a live block; called with tokens, chosen experts, routing weights."""
     running_router: str = "mlp.gate"
+    layer_returns: int = 1
+    """How many values a live MoE layer returns; the first is what it adds to the residual stream."""
     fused_on_disk: bool = False
     shared_experts: tuple[str, ...] = ()
     """Modules below the MoE layer that run for every token."""
@@ -179,6 +181,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             moe="mlp",
             router="router",
             running_router="mlp.router",
+            layer_returns=2,
             fused_on_disk=True,
             expert_width_key="intermediate_size",
             gating="clamped",

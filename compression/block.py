@@ -33,9 +33,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
-from compression.architectures import find_architecture
 from compression.errors import BrokenCheckpoint
-from compression.runtime.slimtrim_runtime import CannotUnpack, with_weights
+from compression.runtime.slimtrim_runtime import CannotUnpack, shape_, stock_settings, with_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -79,6 +78,7 @@ class Shell:
         with torch.device("meta"), quiet():
             stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
             self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
+            shape_(self.model, config.get("slimtrim", {}))
             if self._quantizer is not None:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
@@ -227,56 +227,17 @@ class Unpacker(Shell):
         return even
 
 
-class Routers:
-    """Makes the stock router of a model for any number of experts, empty: to ask what it would choose among fewer."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
-        self._shell: tuple[PreTrainedModel, int, dict[str, Any], str] | None = None
-
-    def __call__(self, experts: int) -> nn.Module:
-        """Return a router of the model's class with its weights on the host, in float32 and not filled in."""
-        if self._shell is None:
-            self._shell = self._build()
-        model, index, section, path = self._shell
-        block = model.get_decoder().layers[index]
-        fewer = with_experts(experts, model, block, index, model.config.get_text_config(decoder=True), section)
-        return deepcopy(fewer.get_submodule(path)).to_empty(device="cpu").float().eval()
-
-    def _build(self) -> tuple[PreTrainedModel, int, dict[str, Any], str]:
-        architecture = find_architecture(self._config)
-        config = stock_config(self._config)
-        with torch.device("meta"), quiet():
-            stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
-            model = stock._from_config(config, dtype=torch.float32).eval()
-        path = architecture.running_router
-        index = next(i for i, block in enumerate(model.get_decoder().layers) if _has(block, path))
-        return model, index, family_facts(architecture), path
-
-
-def family_facts(architecture):  # SHIM
-    return {"keys": architecture.expert_count_keys}
-
-
-def with_experts(count, model, block, index, config, section):  # SHIM
-    own = deepcopy(config)
-    for key in section["keys"]:
-        setattr(own, key, count)
-    own.num_experts_per_tok = min(count, config.num_experts_per_tok)
-    with torch.device("meta"):
-        return type(block)(own, index)
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    try:
-        return any(True for _ in block.get_submodule(path).parameters())
-    except AttributeError:
-        return False
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Return the stock model of a config.json on ``meta``, in the shape that the config gives it."""
+    stock_settings = stock_config(config)
+    with torch.device("meta"), quiet():
+        stock: Any = AutoModelForCausalLM._model_mapping[type(stock_settings)]
+        return stock._from_config(stock_settings, dtype=dtype).eval()
 
 
 def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return the stock config object for the contents of a config.json."""
-    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(stock_settings(config)))
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:

@@ -55,7 +55,7 @@ class RoutedTokens:
         ids_TK = torch.cat([call.ids_TK.cpu() for call in calls])
         weights_TK = torch.cat([call.weights_TK.cpu().float() for call in calls])
         experts = probability_TE.shape[1]
-        self.own_E = torch.bincount(ids_TK.flatten(), minlength=experts)
+        self.own_E = torch.bincount(ids_TK.flatten(), minlength=experts)[:experts]
         """Tokens that the router sent to each expert."""
         own = {expert: (tokens, weights_TK[tokens, places]) for expert, tokens, places in by_expert(ids_TK, experts)}
         nobody = torch.empty(0, dtype=torch.int64), torch.empty(0)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compression.recipe import Analyze, BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Prune, parse_pattern
+from compression.recipe import Analyze, AnyStep, BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Prune, parse_pattern
 from compression.slimming import awq, gptq, magnitude, rtn, sparsegpt, wanda
 from compression.slimming.grid import AnyGrid, Quantized
 from compression.slimming.hessian import Gram, InputNorm, Statistic
@@ -153,3 +153,14 @@ def parts_for(steps: Iterable[object]) -> frozenset[Part]:
             case _:
                 pass
     return frozenset(parts)
+
+
+def at_random(step: AnyStep, seed: int) -> AnyStep:
+    """Return the step as it is but for experts, which are drawn by lot; as many are left."""
+    match step:
+        case ExpertDrop():
+            return step.model_copy(update={"criterion": "random", "seed": seed})
+        case ExpertMerge():
+            return ExpertDrop(criterion="random", experts_kept=step.experts_kept, seed=seed)
+        case _:
+            return step

@@ -129,7 +129,7 @@ def moe_layer(architecture: Architecture, block: nn.Module) -> MoELayer | None:
 def by_expert(ids_TK: Tensor, count: int) -> Generator[tuple[int, Tensor, Tensor]]:
     """Yield each expert that was chosen, the tokens that chose it, and in which of the K places."""
     order = ids_TK.flatten().argsort(stable=True)
-    counts = torch.bincount(ids_TK.flatten(), minlength=count).tolist()
+    counts = torch.bincount(ids_TK.flatten(), minlength=count).tolist()[:count]  # skipped experts bear the id after the last
     start = 0
     for expert, size in enumerate(counts):
         if size:

@@ -39,6 +39,7 @@ from compression.sweep import Stream, sweep, working_dtype
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
 
+_LOTS_SEED = 0
 _WITNESS_TOKENS = 512
 """Tokens that the artifact must compute, opened again, as it did when it was made."""
 
@@ -178,41 +179,57 @@ class Run:
 
     def compress_blocks(self) -> None:
         """Write the artifact, block by block, and check it against the plan."""
-        kept = next(iter(self.cuts.experts.values()), None)
-        trimmed_config = cut_config(self.reader.config, self.architecture, self.cuts, experts=len(kept) if kept else None)
-        config = dict(trimmed_config)
+        trimmed = self._trimmed(self.cuts)
+        config = dict(trimmed.config)
         if self.quantize is not None:
-            config["quantization_config"] = quantization_config(self.architecture, self.quantize)
+            config["quantization_config"] = quantization_config(self.architecture, self.quantize, trimmed.config)
         if self.slimming.packed is not None:
-            config |= sparse_config(self.slimming.packed)
+            config |= sparse_config(self.slimming.packed, trimmed.config)
         writer = Writer(self.out, config)
         try:
-            self._write_blocks(writer, trimmed_config, config)
+            self._write_blocks(writer, trimmed, config)
             writer.finish(self.reader.folder)
         finally:
             writer.close()
         self.bytes_after = writer.bytes
 
-    def _write_blocks(self, writer: Writer, trimmed_config: dict[str, Any], config: dict[str, Any]) -> None:
-        outside = self.reader.outside()
-        refuse_non_finite(outside)
+    def _trimmed(self, cuts: Cuts) -> TrimmedReader:
+        merge = merger(self.architecture, cuts, self.study)
+        return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self.plan.zero_dense_width, merge=merge)
+
+    def _write_blocks(self, writer: Writer, trimmed: TrimmedReader, config: dict[str, Any]) -> None:
+        outside = trimmed.outside()
         writer.outside(outside)
-        trimmed = Shell(trimmed_config, outside, self.device)
-        artifact = trimmed if config == trimmed_config else Shell(config, outside, self.device)
+        shell = Shell(trimmed.config, outside, self.device)
+        artifact = shell if config == trimmed.config else Shell(config, outside, self.device)
         calibration = None
         if self.calibration is not None and self.slimming.needs != "nothing":
             calibration = Stream(artifact, self.calibration.ids_NS, dtype=working_dtype(self.device, artifact.dtype))
         witness_NS = (self.calibration or self.evaluation).ids_NS[:1, :_WITNESS_TOKENS]
         witness = Stream(artifact, witness_NS)
-        compressor = Compressor(self.architecture, self.cuts, self.slimming, trimmed, artifact, writer, calibration, witness)
-        self.ledger: list[LedgerRow] = compressor.run(self.reader, self.progress.block)
+        compressor = Compressor(self.architecture, self.slimming, shell, artifact, writer, calibration, witness)
+        self.ledger: list[LedgerRow] = compressor.run(trimmed, self.progress.block)
         self.ids_BS, self.logits_BSV = witness.ids[0], next(witness.logits(artifact))
 
     def evaluate(self) -> None:
-        """Measure original and artifact on held-out text."""
+        """Measure original and artifact on held-out text, and beside them what lots would have kept."""
+        lots = self._drawn_by_lot()
         self.quality: Quality = measure(
-            self.reader.folder, self.out, self.evaluation.ids_NS, device=self.device, on_block=self.progress.block
+            open_source(self.reader.folder, self.device),
+            Reader(self.out),
+            self.evaluation.ids_NS,
+            device=self.device,
+            on_block=self.progress.block,
+            lots=None if lots is None else (self._trimmed(lots), _LOTS_SEED),
         )
+
+    def _drawn_by_lot(self) -> Cuts | None:
+        """Return the same trims with experts drawn by lot; None where no criterion chooses any."""
+        chosen = [step for step in self.steps if isinstance(step, ExpertDrop | ExpertMerge)]
+        if all(isinstance(step, ExpertDrop) and step.criterion == "random" for step in chosen):
+            return None
+        steps = tuple(at_random(step, _LOTS_SEED) for step in self.steps)
+        return choose_cuts(steps, self.study, self.whole, self.choice)
 
     def verify(self) -> None:
         """Prove that the artifact opens, is what was computed, and is as big as was planned."""
@@ -251,11 +268,27 @@ class Run:
             blocks=blocks,
             ledger=ledger,
             verification=self.verification,
+            study=self._study_note(),
+            analysis=analysis_tables(self.study) if self._asked_to_analyze() else None,
             calibration=None if self.calibration is None else _provenance(self.calibration),
             evaluation=_provenance(self.evaluation),
             seconds=self.seconds,
             peak_memory_bytes=_peak_memory(),
             versions=_versions(self.device),
+        )
+
+    def _asked_to_analyze(self) -> bool:
+        return self.study is not None and any(isinstance(step, Analyze) for step in self.steps)
+
+    def _study_note(self) -> StudyNote | None:
+        if self.study is None:
+            return None
+        return StudyNote(
+            parts=tuple(sorted(self.study.parts)),
+            tokens=int(self.study.tokens_M.sum()),
+            domains=self.study.domains,
+            reused=self.study_reused,
+            seconds={part: round(seconds, 3) for part, seconds in self.study.seconds.items()},
         )
 
     def refuse_violations(self, report: Report) -> None:
@@ -272,7 +305,9 @@ class Run:
         rows: list[BlockRow] = []
         for block in self.whole.blocks:
             statistics = self.study.experts.get(block) if self.study is not None else None
+            seen = statistics is not None and statistics.tokens > 0
             before = self.whole.experts.get(block)
+            lost_layer = block in self.cuts.layers_dropped
             rows.append(
                 BlockRow(
                     index=block,
@@ -280,8 +315,12 @@ class Run:
                     index_after=places.get(block),
                     experts_kept=self.cuts.experts.get(block),
                     experts_before=len(before) if before is not None else None,
-                    cosine=self.study.cosine(block) if self.study is not None else None,
-                    expert_tokens=tuple(int(n) for n in statistics.count_E.tolist()) if statistics is not None else None,
+                    moe_layer=("drop" if lost_layer else "keep") if before is not None and block in places else None,
+                    merged=dict(self.cuts.merged[block]) if block in self.cuts.merged else None,
+                    skip_beta=self.cuts.skip.get(block),
+                    cosine=self.study.cosine(block) if self.study is not None and block in self.study.cosine_M else None,
+                    layer_cosine=statistics.layer_cosine if statistics is not None and seen else None,
+                    expert_tokens=tuple(int(n) for n in statistics.total("count").tolist()) if statistics is not None and seen else None,
                 )
             )
         return tuple(rows)

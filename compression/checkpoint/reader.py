@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,7 +121,7 @@ class Reader:
         return tensors
 
 
-def refuse_non_finite(tensors: dict[str, Tensor]) -> None:
+def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise NonFiniteWeights naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
         # One pass without a temporary of the tensor's size: a sum is finite only if every term is.

@@ -1,6 +1,6 @@
 """Reopen the artifact with the stock loader and compare: it must be, bit for bit, the model that was computed.
 
-An artifact with packed zeros is opened with the loader that ships in it, once that file is found to be ours.
+An artifact that stock classes cannot open is opened with the loader that ships in it, once that file is found to be ours.
 
 Where the dense model fits into memory it is opened as a whole. Where it does not, it is opened in windows: a folder
 that holds the shards of a few blocks and a config cut to them, which ``from_pretrained`` opens as the small model it
@@ -32,8 +32,7 @@ from compression.memory import give_back
 from compression.report import Verification
 from compression.runtime.slimtrim_runtime import CannotUnpack, open_model
 from compression.sweep import OnBlock
-from compression.trimming import Cuts
-from compression.trimming.surgery import cut_config
+from compression.trimming.surgery import cut_to_window
 
 _BLOCKS_PER_WINDOW = 2
 
@@ -101,7 +100,7 @@ def _opener(artifact: Path) -> str:
         return stock
     shipped = artifact / RUNTIME.name
     if not shipped.exists() or shipped.read_bytes() != RUNTIME.read_bytes():
-        raise VerificationFailed(f"the artifact holds packed zeros, but not the {RUNTIME.name} that opens them")
+        raise VerificationFailed(f"the artifact does not hold the {RUNTIME.name} that alone opens it")
     return f"{RUNTIME.name} on {stock}"
 
 
@@ -156,7 +155,7 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _window(artifact: Path, architecture: Architecture, window: range, folder: Path) -> Path:
-    write_json(folder / "config.json", cut_config(_config(artifact), architecture, Cuts(tuple(window), {})))
+    write_json(folder / "config.json", cut_to_window(_config(artifact), architecture, window))
     index = json.loads((artifact / "model.safetensors.index.json").read_text())
     inside = {None, *window}
     weight_map = {name: file for name, file in index["weight_map"].items() if architecture.block_of(name) in inside}

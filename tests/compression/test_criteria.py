@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compression.architectures import ARCHITECTURES
-from compression.block import Routers, Shell
+from compression.block import Shell
 from compression.calibration import load_calibration
 from compression.checkpoint.reader import Reader
 from compression.methods import Choice, choose_cuts
@@ -20,6 +20,7 @@ from compression.recipe import Calibration, ExpertDrop
 from compression.study import Study
 from compression.sweep import Stream, sweep
 from compression.trimming import Cuts, Routing, expert_drop, pairwise, reconstruction
+from compression.trimming.routers import Routers
 from tests.compression import slow_criteria
 from tests.compression.slow_criteria import Layer
 
