@@ -45,7 +45,8 @@ class Observer:
         self, architecture: Architecture, domains: tuple[str, ...], domain_N: Tensor, parts: Iterable[Part] = ("tokens",)
     ) -> None:
         """``domain_N``: index into ``domains`` of each sequence; ``parts``: what to gather, see ``study.py``."""
-        wanted: frozenset[Part] = frozenset(parts) | {"weights"}
+        always: Part = "weights"
+        wanted = frozenset([*parts, always])
         self.study = Study(domains=domains, parts=wanted)
         self._architecture = architecture
         self._domain_N = domain_N
@@ -182,15 +183,18 @@ class _Watch:
             into.weighted_square_ME: weighted_P.double().square(),
         }
         for total_ME, value_P in sums.items():
-            total_ME += torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device).index_add_(
-                0, slot_P, value_P.double()
-            ).view(total_ME.shape).cpu()
+            total_ME += (
+                torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device)
+                .index_add_(0, slot_P, value_P.double())
+                .view(total_ME.shape)
+                .cpu()
+            )
         weighted_TK = torch.empty_like(weighted_P).index_copy_(0, outputs.order_P, weighted_P).view(-1, used)
         norm_TK = torch.empty_like(norm_P).index_copy_(0, outputs.order_P, norm_P).view(-1, used)
         for domain in domain_T.unique().tolist():
             rows_T = (domain_T == domain).nonzero().flatten()
             whole = len(rows_T) == len(domain_T)
-            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])  # noqa: E731
+            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])
             into.probability_ME[domain] += pick(self._probability_TE).sum(0, dtype=torch.float64).cpu()
             ids_TK = pick(routed.ids_TK)
             chosen_TE = norm_P.new_zeros(len(ids_TK), experts)
@@ -274,7 +278,9 @@ def _held_by(router: nn.Module, args: tuple[Any, ...], experts: int) -> dict[str
     """Return what a router has for each expert beside its logits: buffers, and tensors that it is called with."""
     # A bias of the logits is a parameter, and the logits have it already; what only sways the choice is a buffer.
     held = {name: value for name, value in router.named_buffers() if value.shape == (experts,)}
-    held |= {f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)}
+    held |= {
+        f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)
+    }
     return {name: value.detach().float().cpu().clone() for name, value in held.items()}
 
 

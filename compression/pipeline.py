@@ -16,10 +16,11 @@ import psutil
 import torch
 import transformers
 
+from compression.analysis.tables import analysis_tables
 from compression.architectures import Architecture, find_architecture
-from compression.block import Shell
+from compression.block import Shell, dtype_of
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
-from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.reader import Reader
 from compression.checkpoint.source import open_source
 from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
 from compression.compress import Compressor
@@ -27,17 +28,23 @@ from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
 from compression.evaluation.verification import verify
 from compression.memory import bound_kernel_caches
-from compression.methods import choose_cuts
+from compression.methods import Choice, at_random, choose_cuts, merger, parts_for
+from compression.observer import Observer, weigh
 from compression.plan import Plan, make_plan
+from compression.planner.inventory import take_inventory
+from compression.planner.resolve import least_experts
 from compression.planner.sizes import packed_pattern
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import AnyStep, BlockDrop, Compression, ExpertDrop, Prune, Quantize, Recipe
-from compression.report import BlockRow, LedgerRow, Quality, Report, Verification, model_card, worst_first
+from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, Prune, Quantize, Recipe
+from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first
 from compression.slim import Slimming
-from compression.study import Observer, Study
+from compression.study import Study
+from compression.study_store import StudyStore
 from compression.sweep import Stream, sweep, working_dtype
-from compression.trimming import Cuts
-from compression.trimming.surgery import cut_config
+from compression.trimming import Cuts, Routing
+from compression.trimming.dense_layers import stock_layer_drop
+from compression.trimming.routers import Routers
+from compression.trimming.view import TrimmedReader
 
 _LOTS_SEED = 0
 _WITNESS_TOKENS = 512
@@ -147,8 +154,8 @@ class Run:
     def _found_study(self) -> Study | None:
         if self.studies is None or self.calibration is None:
             return None
-        store, dtype = StudyStore(self.studies), working_dtype(self.device, dtype_of(self.architecture.settings(self.reader.config)))
-        found = store.find(self.reader, self.calibration.content_hash, self.parts, dtype)
+        dtype = working_dtype(self.device, dtype_of(self.architecture.settings(self.reader.config)))
+        found = StudyStore(self.studies).find(self.reader, self.calibration.content_hash, self.parts, dtype)
         self.study_reused = found is not None
         return found
 
@@ -305,7 +312,7 @@ class Run:
         rows: list[BlockRow] = []
         for block in self.whole.blocks:
             statistics = self.study.experts.get(block) if self.study is not None else None
-            seen = statistics is not None and statistics.tokens > 0
+            seen = statistics if statistics is not None and statistics.tokens else None
             before = self.whole.experts.get(block)
             lost_layer = block in self.cuts.layers_dropped
             rows.append(
@@ -319,8 +326,8 @@ class Run:
                     merged=dict(self.cuts.merged[block]) if block in self.cuts.merged else None,
                     skip_beta=self.cuts.skip.get(block),
                     cosine=self.study.cosine(block) if self.study is not None and block in self.study.cosine_M else None,
-                    layer_cosine=statistics.layer_cosine if statistics is not None and seen else None,
-                    expert_tokens=tuple(int(n) for n in statistics.total("count").tolist()) if statistics is not None and seen else None,
+                    layer_cosine=seen.layer_cosine if seen is not None else None,
+                    expert_tokens=tuple(int(n) for n in seen.total("count").tolist()) if seen is not None else None,
                 )
             )
         return tuple(rows)

@@ -211,7 +211,8 @@ def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[Le
         news.append(f"{len(dropped)} of {len(blocks)} blocks are gone: {_listed(dropped)}.")
     if (random := quality.random_drop) is not None and random.loss <= quality.loss_after:
         news.append(
-            f"Experts drawn by lot would have kept as much: perplexity {random.perplexity:.2f} with seed {random.seed}, no weight slimmed."
+            f"Experts drawn by lot would have kept as much: perplexity {random.perplexity:.2f} with seed {random.seed}, "
+            "no weight slimmed."
         )
     if layers := [row.index for row in blocks if row.moe_layer == "drop"]:
         news.append(f"{len(layers)} blocks have lost their MoE layer: {_listed(layers)}.")

@@ -44,7 +44,8 @@ STEP_FACTS: dict[str, StepFacts] = {
         "REAP, arXiv:2510.13999; NAEE, arXiv:2402.14800; MAN and MSAN, arXiv:2606.15716; HOPE, arXiv:2609.18916; AIMER, "
         f"arXiv:2603.18492; routing_score as in {_UNIFIED}",
         "With half the experts Qwen3-30B-A3B scores .541 on code by reap and .452 by frequency, against .558 (arXiv:2510.13999); "
-        "with 6 of 8 Mixtral-8x7B keeps 64.2 of 67.6 points by reconstruction, 63.0 at random and 60.8 by frequency (arXiv:2402.14800).",
+        "with 6 of 8 Mixtral-8x7B keeps 64.2 of 67.6 points by reconstruction, 63.0 at random and 60.8 by frequency "
+        "(arXiv:2402.14800).",
     ),
     "expert_merge": StepFacts(
         "REAM, SamsungSAILMontreal/ream",

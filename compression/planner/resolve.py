@@ -33,6 +33,7 @@ from compression.recipe import (
     Serving,
     parse_pattern,
 )
+from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -111,13 +112,17 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> 
 
 def _only_custom(step: AnyStep, pointer: str, profile: Profile, why: str) -> None:
     if profile != "custom":
-        raise NotLoadableInProfile(f'{step.step}: {why}; ask for profile "custom", which opens with its own loader', pointer=pointer)
+        raise NotLoadableInProfile(
+            f'{step.step}: {why}; ask for profile "custom", which opens with its own loader', pointer=pointer
+        )
 
 
 def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Target) -> int:
     """Return how many experts are gone from all layers together after a drop of scope global."""
     inventory = target.inventory
-    _only_custom(step, f"{pointer}/scope", target.profile, "with scope global layers keep different counts, and stock classes read one")
+    _only_custom(
+        step, f"{pointer}/scope", target.profile, "with scope global layers keep different counts, and stock classes read one"
+    )
     layers = _layers_left(inventory, cut)
     left = layers * cut.experts_kept - cut.experts_dropped
     dropped = step.dropped_of([cut.experts_kept] * layers, groups=inventory.groups) - cut.experts_dropped
@@ -131,11 +136,14 @@ def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Targ
     floor = layers * least_experts(inventory) if inventory.groups > 1 else 1
     if left - dropped < floor:
         raise ImpossibleStep(
-            f"expert_drop would leave {left - dropped} experts in all {layers} layers; at least {floor} must stay", pointer=pointer
+            f"expert_drop would leave {left - dropped} experts in all {layers} layers; at least {floor} must stay",
+            pointer=pointer,
         )
     kinds = {tuple(expert_bytes(inventory, cut, block).values()) for block in inventory.blocks if block.is_mixture}
     if len(kinds) > 1:
-        raise ImpossibleStep("expert_drop with scope global needs experts of one size in every layer; use scope layer", pointer=pointer)
+        raise ImpossibleStep(
+            "expert_drop with scope global needs experts of one size in every layer; use scope layer", pointer=pointer
+        )
     return cut.experts_dropped + dropped
 
 
@@ -168,7 +176,9 @@ def _layers_dropped(step: LayerDrop, pointer: str, cut: Cut, *, target: _Target)
             'use block_drop, or profile "custom", which opens with its own loader',
             pointer=pointer,
         )
-    width = zero_dense_width(inventory.architecture, inventory.config, tensor_parallel=target.serving.tensor_parallel)
+    everyone = range(len(inventory.blocks))  # dense blocks stay, whatever block_drop takes
+    parallel = target.serving.tensor_parallel
+    width = zero_dense_width(inventory.architecture, inventory.config, everyone, tensor_parallel=parallel)
     return replace(cut, layers_dropped=layers, zero_dense_width=width)
 
 

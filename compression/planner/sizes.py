@@ -51,12 +51,6 @@ class Cut:
     experts_kept: int
     """In every MoE layer, before any are dropped from all of them together."""
     blocks_dropped: int = 0
-    layers_dropped: int = 0
-    """MoE layers gone from blocks that stay."""
-    zero_dense_width: int | None = None
-    """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
-    experts_dropped: int = 0
-    """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
     schemes: Mapping[Component, str] = field(default_factory=dict[Component, str])
     """The scheme of each component that is quantized; absent means kept as it is."""
     group_size: int = WHOLE_ROW
@@ -64,6 +58,12 @@ class Cut:
     """How pruned matrices are packed; None where they are stored dense, or nothing is pruned."""
     pruned: frozenset[Component] = frozenset()
     """The components whose matrices are pruned; that alone changes no byte."""
+    layers_dropped: int = 0
+    """MoE layers gone from blocks that stay."""
+    zero_dense_width: int | None = None
+    """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
+    experts_dropped: int = 0
+    """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
 
     def dense(self) -> Cut:
         """Return the same trims without slimming: what transformers holds after every weight has been unpacked."""

@@ -1,8 +1,8 @@
 """The fewest bytes that any recipe can leave: what a target is measured against before it is called unreachable.
 
-Fewest experts and blocks in any case; in the custom profile, where layers may keep different counts, one expert in all. Then either every component takes the scheme that makes it smallest, or, in the
-custom profile, experts are pruned to the sparsest pattern that divides their inputs and stored packed. Not both: zeros in
-quantized weights save nothing.
+Fewest experts and blocks in any case; in the custom profile, where layers may keep different counts, one expert in all.
+Then either every component takes the scheme that makes it smallest, or, in the custom profile, experts are pruned to the
+sparsest pattern that divides their inputs and stored packed. Not both: zeros in quantized weights save nothing.
 """
 
 from __future__ import annotations

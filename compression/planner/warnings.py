@@ -106,8 +106,8 @@ def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) 
     if why := _own_loader(resolved):
         yield Warned(
             "needs_loader",
-            f"{why}, which no stock class knows: open the artifact with open_model of the slimtrim_runtime.py that ships in it, or "
-            "with trust_remote_code=True",
+            f"{why}, which no stock class knows: open the artifact with open_model of the slimtrim_runtime.py that ships in it, "
+            "or with trust_remote_code=True",
         )
     if pattern := resolved.cut.pattern:
         yield Warned(

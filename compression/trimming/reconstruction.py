@@ -74,8 +74,8 @@ class Search:
         again_SE = torch.zeros_like(weights_SE).scatter_add(1, ids_SK, weights_SK.double())
         if not torch.allclose(again_SE, weights_SE, atol=_AGREEMENT * float(weights_SE.max()), rtol=0):
             raise ImpossibleStep(
-                "criterion reconstruction asks the router again about fewer experts, and this family's does not answer alone as it "
-                "does in the model; use reap"
+                "criterion reconstruction asks the router again about fewer experts, and this family's does not answer alone "
+                "as it does in the model; use reap"
             )
 
 

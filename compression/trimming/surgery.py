@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.architectures import EXPERT_COUNT_SPELLINGS, Architecture
+from compression.architectures import Architecture
 from compression.block import stock_config
 from compression.trimming import Cuts
 from compression.trimming.dense_layers import WIDTH_KEY, dense_blocks, dense_spelling
@@ -40,12 +40,10 @@ def cut_config(
     architecture: Architecture,
     cuts: Cuts,
     *,
-    experts: int | None = None,
     zero_width: int | None = None,
 ) -> dict[str, Any]:
     """Return config.json for what stays, true in every spelling that the architecture knows.
 
-    ``experts``: one expert count for the whole artifact, whatever the cuts say; read off the cuts if it is not given.
     ``zero_width``: as in ``cut_block``; stock classes can then open a model with dropped MoE layers.
     """
     settings, changes = architecture.settings(config), dict[str, Any]()
@@ -60,14 +58,8 @@ def cut_config(
     if zeros:
         assert not dense & set(cuts.blocks) or zero_width == settings[WIDTH_KEY], "all dense layers have one width"
         changes[WIDTH_KEY] = zero_width
-    opening: dict[str, Any] = {}
-    if experts is not None:
-        spellings = {key for key in EXPERT_COUNT_SPELLINGS if key in settings}
-        changes |= dict.fromkeys([*architecture.expert_count_keys, *sorted(spellings)], experts)
-    else:
-        counts, opening = expert_entries(config, architecture, cuts, layers_are_dense=zero_width is not None)
-        changes |= counts
-    after = architecture.changed(config, changes)
+    counts, opening = expert_entries(config, architecture, cuts, layers_are_dense=zero_width is not None)
+    after = architecture.changed(config, changes | counts)
     after.pop("auto_map", None)  # no code travels but ours
     return after | opening
 

@@ -54,7 +54,7 @@ def trimmed(
     shell = Shell(config, outside) if config != view.config else plain
     witness = Stream(shell, IDS_NS)
     slimming = Slimming(prune, quantize, packed)
-    Compressor(architecture, cuts, slimming, plain, shell, writer, None, witness, zero_width).run(reader, lambda *_: None)
+    Compressor(architecture, slimming, plain, shell, writer, None, witness).run(view, lambda *_: None)
     writer.finish(source)
     return next(witness.logits(shell))
 

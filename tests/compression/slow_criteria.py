@@ -27,24 +27,24 @@ Array = NDArray[np.float64]
 class Layer:
     """The inputs [T, D] of one MoE layer, its router [E, D] and its experts' matrices, as [F, D], [F, D], [D, F]."""
 
-    x_TD: Array
-    router_ED: Array
+    x: Array
+    router: Array
     experts: list[tuple[Array, Array, Array]]
-    residual_TD: Array
+    residual: Array
     """What entered the norm before the layer."""
-    outputs_ETD: Array = field(init=False)
+    outputs: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        self.outputs_ETD = np.stack([self.expert(index) for index in range(len(self.experts))])
+        self.outputs = np.stack([self.expert(index) for index in range(len(self.experts))])
 
     def expert(self, index: int) -> Array:
         gate_FD, up_FD, down_DF = self.experts[index]
-        gated_TF = self.x_TD @ gate_FD.T
-        return (gated_TF / (1 + np.exp(-gated_TF)) * (self.x_TD @ up_FD.T)) @ down_DF.T
+        gated_TF = self.x @ gate_FD.T
+        return (gated_TF / (1 + np.exp(-gated_TF)) * (self.x @ up_FD.T)) @ down_DF.T
 
     def route(self, gone: tuple[int, ...] = ()) -> tuple[Array, list[list[int]], list[list[float]]]:
         """Return the probabilities [T, E], and the two experts and weights of each token, without the experts that are gone."""
-        logits_TE = self.x_TD @ self.router_ED.T
+        logits_TE = self.x @ self.router.T
         logits_TE[:, list(gone)] = -np.inf
         p_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
         p_TE /= p_TE.sum(1, keepdims=True)
@@ -57,10 +57,10 @@ class Layer:
 
     def output(self, gone: tuple[int, ...] = ()) -> Array:
         _, ids, weights = self.route(gone)
-        z_TD = np.zeros_like(self.x_TD)
+        z_TD = np.zeros_like(self.x)
         for token, (chosen, w) in enumerate(zip(ids, weights, strict=True)):
             for expert, weight in zip(chosen, w, strict=True):
-                z_TD[token] += weight * self.outputs_ETD[expert, token]
+                z_TD[token] += weight * self.outputs[expert, token]
         return z_TD
 
 
@@ -105,7 +105,7 @@ def in_float64(experts: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_T
 
 def scores(layer: Layer, criterion: str) -> list[float]:
     """Return what a criterion gives each expert, by its definition."""
-    tokens, experts = len(layer.x_TD), len(layer.experts)
+    tokens, experts = len(layer.x), len(layer.experts)
     p_TE, ids, weights = layer.route()
     if criterion == "routing_score":
         return [sum(float(p_E[e]) for p_E in p_TE) / tokens for e in range(experts)]
@@ -115,7 +115,7 @@ def scores(layer: Layer, criterion: str) -> list[float]:
     found: list[list[tuple[float, float]]] = [[] for _ in range(experts)]
     for token, (chosen, w) in enumerate(zip(ids, weights, strict=True)):
         for expert, weight in zip(chosen, w, strict=True):
-            found[expert].append((weight, float(np.linalg.norm(layer.outputs_ETD[expert, token]))))
+            found[expert].append((weight, float(np.linalg.norm(layer.outputs[expert, token]))))
     rules = {
         "frequency": lambda pairs: len(pairs) / tokens,
         "expert_norm": lambda pairs: sum(norm for _, norm in pairs),
@@ -132,7 +132,7 @@ def hope(layer: Layer) -> Array:
     sums, counts = np.zeros((experts, experts)), np.zeros((experts, experts))
     _, ids, weights = layer.route()
     for token, (chosen, w) in enumerate(zip(ids, weights, strict=True)):
-        sizes = {e: g * float(np.linalg.norm(layer.outputs_ETD[e, token])) for e, g in zip(chosen, w, strict=True)}
+        sizes = {e: g * float(np.linalg.norm(layer.outputs[e, token])) for e, g in zip(chosen, w, strict=True)}
         for i in chosen:
             for j in chosen:
                 sums[i, j] += sizes[i] * sizes[j]

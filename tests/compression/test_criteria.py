@@ -82,7 +82,7 @@ def test_the_kept_experts_are_the_references_own_but_for_ties(looked_at, criteri
         slow = slow_criteria.scores(layers[block], criterion)
         ordered = sorted(slow, reverse=True)
         tied = abs(ordered[count - 1] - ordered[count]) <= TIED * max(map(abs, slow))
-        best = tuple(sorted(sorted(range(8), key=lambda e: (-slow[e], e))[:count]))  # noqa: B023 - used at once
+        best = tuple(sorted(sorted(range(8), key=lambda e: (-slow[e], e))[:count]))
 
         assert experts == best or tied, (block, slow)
 
@@ -112,7 +112,7 @@ def test_reconstruction_finds_what_running_the_layer_for_every_set_finds(looked_
         losses = slow_criteria.reconstruction_losses(layer, count)
         loss_of = reconstruction.loss_of(study.experts[block], routing_of(folder).router)
 
-        best = min(losses, key=lambda subset: losses[subset])  # noqa: B023 - used at once
+        best = min(losses, key=lambda subset: losses[subset])
         tied = losses[ours[block]] - losses[best] <= 1e-6 * losses[best]  # such as experts that no token chose
         assert ours[block] == best or tied
         for subset, loss in losses.items():
@@ -140,8 +140,8 @@ def test_the_layers_cosine_is_that_of_the_residual_stream_before_and_after(looke
     study, layers, _ = looked_at
 
     for block, layer in layers.items():
-        after_TD = layer.residual_TD + layer.output()
-        product_T = (layer.residual_TD * after_TD).sum(1)
-        cosine_T = product_T / ((layer.residual_TD**2).sum(1) ** 0.5 * (after_TD**2).sum(1) ** 0.5)
+        after_TD = layer.residual + layer.output()
+        product_T = (layer.residual * after_TD).sum(1)
+        cosine_T = product_T / ((layer.residual**2).sum(1) ** 0.5 * (after_TD**2).sum(1) ** 0.5)
 
         assert study.experts[block].layer_cosine == pytest.approx(cosine_T.mean(), rel=1e-5)
