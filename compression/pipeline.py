@@ -35,14 +35,14 @@ from compression.planner.inventory import take_inventory
 from compression.planner.resolve import least_experts
 from compression.planner.sizes import packed_pattern
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, Prune, Quantize, Recipe
+from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
 from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first
 from compression.slim import Slimming
 from compression.study import Study
 from compression.study_store import StudyStore
 from compression.sweep import Stream, sweep, working_dtype
 from compression.trimming import Cuts, Routing
-from compression.trimming.dense_layers import stock_layer_drop
+from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
 from compression.trimming.routers import Routers
 from compression.trimming.view import TrimmedReader
 
@@ -202,7 +202,14 @@ class Run:
 
     def _trimmed(self, cuts: Cuts) -> TrimmedReader:
         merge = merger(self.architecture, cuts, self.study)
-        return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self.plan.zero_dense_width, merge=merge)
+        return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self._zero_width(), merge=merge)
+
+    def _zero_width(self) -> int | None:
+        """Return the width of the dense layers of zeros that tell stock classes of dropped MoE layers; None where nothing does."""
+        if self.plan.profile != "portable" or not any(isinstance(step, LayerDrop) for step in self.steps):
+            return None
+        config, parallel = self.reader.config, self.request.serving.tensor_parallel
+        return zero_dense_width(self.architecture, config, self.whole.blocks, tensor_parallel=parallel)
 
     def _write_blocks(self, writer: Writer, trimmed: TrimmedReader, config: dict[str, Any]) -> None:
         outside = trimmed.outside()

@@ -72,8 +72,6 @@ class Plan(PlanPart):
     memory: dict[str, int]
     blocks: tuple[PlannedBlock, ...]
     frontier: tuple[FrontierPoint, ...]
-    zero_dense_width: int | None = None
-    """Width of the dense layers of zeros by which stock classes are told of dropped MoE layers; None where there are none."""
     provisional: bool
     """Whether the study may still change the steps; never for a recipe that was written out."""
     warnings: tuple[PlanWarning, ...]
@@ -112,7 +110,6 @@ def make_plan(request: Compression, checkpoint: Checkpoint) -> Plan:
         },
         blocks=_planned_blocks(inventory, resolved.cut, sizes.blocks),
         frontier=(),
-        zero_dense_width=resolved.cut.zero_dense_width,
         provisional=False,
         warnings=tuple(
             PlanWarning(code=code, message=message) for code, message in warnings_of(request, resolved, inventory, needed=needed)
