@@ -125,14 +125,12 @@ def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Targ
     )
     layers = _layers_left(inventory, cut)
     left = layers * cut.experts_kept - cut.experts_dropped
-    dropped = step.dropped_of([cut.experts_kept] * layers, groups=inventory.groups) - cut.experts_dropped
-    if step.fraction_dropped is not None:
-        dropped = step.dropped_of([left], groups=inventory.groups)
-    if dropped < 0:
+    if step.experts_kept is not None and step.experts_kept * layers > left:
         raise ImpossibleStep(
             f"expert_drop cannot keep {step.experts_kept} experts a layer: {left / layers:.2f} are left",
             pointer=f"{pointer}/experts_kept",
         )
+    dropped = step.dropped_of(_spread(left, layers), groups=inventory.groups)
     floor = layers * least_experts(inventory) if inventory.groups > 1 else 1
     if left - dropped < floor:
         raise ImpossibleStep(
@@ -150,6 +148,11 @@ def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Targ
 def least_experts(inventory: Inventory) -> int:
     """Return how many experts a layer must keep so that its router works as it does: none at all where it has no groups."""
     return min(workable_counts(inventory)) if inventory.groups > 1 else 0
+
+
+def _spread(experts: int, layers: int) -> list[int]:
+    """Return counts that add up: which layer holds how many does not matter to a budget."""
+    return [experts, *[0] * (layers - 1)]
 
 
 def _layers_left(inventory: Inventory, cut: Cut) -> int:

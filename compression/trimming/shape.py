@@ -37,7 +37,7 @@ def expert_entries(
     if any(0 <= count < before for count in mixtures):
         entries["pruned_from_num_experts"] = settings.get("pruned_from_num_experts", before)
     if set(mixtures) != {one}:
-        entries |= _per_layer(counts, one, architecture.expert_count_keys[0])
+        entries |= _per_layer(counts, one, architecture.expert_count_keys)
     skip = [cuts.skip.get(block) for block in cuts.blocks]
     if set(mixtures) == {one} and not any(beta is not None for beta in skip):
         return entries, {}
@@ -60,9 +60,9 @@ def _count(cuts: Cuts, block: int, *, layers_are_dense: bool) -> int | None:
     return None if kept is None else len(kept)
 
 
-def _per_layer(counts: Sequence[int | None], one: int, key: str) -> dict[str, Any]:
+def _per_layer(counts: Sequence[int | None], one: int, keys: Sequence[str]) -> dict[str, Any]:
     left = [None if count is None else max(count, 0) for count in counts]
-    others = {str(place): {key: count} for place, count in enumerate(left) if count not in (None, one)}
+    others = {str(place): dict.fromkeys(keys, count) for place, count in enumerate(left) if count not in (None, one)}
     return {"per_layer_num_experts": left, "per_layer_config": others}
 
 

@@ -18,7 +18,7 @@ from compression.sweep import Push, Stream, sweep
 from compression.trimming import Cuts
 from compression.trimming.view import TrimmedReader
 
-IDS_NS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
+IDS_NS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(7))
 
 
 def whole_cuts(source: Path) -> Cuts:
@@ -54,7 +54,8 @@ def trimmed(
     shell = Shell(config, outside) if config != view.config else plain
     witness = Stream(shell, IDS_NS)
     slimming = Slimming(prune, quantize, packed)
-    Compressor(architecture, slimming, plain, shell, writer, None, witness).run(view, lambda *_: None)
+    calibration = None if slimming.needs == "nothing" else Stream(shell, IDS_NS)
+    Compressor(architecture, slimming, plain, shell, writer, calibration, witness).run(view, lambda *_: None)
     writer.finish(source)
     return next(witness.logits(shell))
 

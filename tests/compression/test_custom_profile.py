@@ -280,13 +280,13 @@ def test_skipping_keeps_for_each_token_what_a_loop_over_tokens_keeps(beta):
 
 
 def test_of_two_experts_the_second_goes_if_it_weighs_less_than_beta_times_the_first():
-    weights_TC = torch.tensor([[0.4, 0.6], [0.65, 0.35]])
-    ids_TC = torch.tensor([[7, 2], [1, 8]])
+    weights_TC = torch.tensor([[0.375, 0.625], [0.75, 0.25], [0.5, 0.25]])
+    ids_TC = torch.tensor([[7, 2], [1, 8], [3, 4]])
 
-    _, left_TC, scaled_TC = skip_experts(0.6, an_experts_module(), (torch.zeros(2, 2), ids_TC, weights_TC))
+    _, left_TC, scaled_TC = skip_experts(0.5, an_experts_module(), (torch.zeros(3, 2), ids_TC, weights_TC))
 
-    assert left_TC.tolist() == [[7, 2], [1, 9]]
-    assert scaled_TC.tolist() == [pytest.approx([0.4, 0.6]), pytest.approx([1.0, 0.0])]
+    assert left_TC.tolist() == [[7, 2], [1, 9], [3, 4]]
+    assert scaled_TC.tolist() == [[0.375, 0.625], [1.0, 0.0], [0.5, 0.25]]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -343,7 +343,10 @@ def test_config_says_in_every_dialect_what_is_left(tiny_model_factory, tmp_path)
     assert config["num_experts"] == config["num_local_experts"] == 3
     assert config["pruned_from_num_experts"] == 8
     assert config["per_layer_num_experts"] == [3, None, 0, 2]
-    assert config["per_layer_config"] == {"2": {"num_experts": 0}, "3": {"num_experts": 2}}
+    assert config["per_layer_config"] == {
+        "2": {"num_experts": 0, "num_local_experts": 0},
+        "3": {"num_experts": 2, "num_local_experts": 2},
+    }
     assert config["slimtrim"] == {
         "profile": "custom",
         "experts": [3, None, -1, 2],
@@ -393,6 +396,27 @@ def test_quantized_experts_open_in_blocks_that_differ(tiny_model_factory, tmp_pa
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     declared = {"method": "prune", "num_experts": config["per_layer_num_experts"]}
     assert config["quantization_config"]["moe_sparsity_config"] == declared
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibrated_methods_work_in_blocks_without_experts_or_layer(tiny_model_factory, tmp_path, method):
+    step = Quantize(method=method, scheme="W4A16", group_size=32, attention="W4A16", shared_experts="W4A16")
+    cuts = Cuts((0, 1, 2, 3), {0: (1, 3, 5), 1: (), 3: ALL}, frozenset({2}), skip={3: 0.7})
+
+    expected = trimmed(tiny_model_factory("qwen2_moe", dtype="bfloat16"), tmp_path / "out", cuts, quantize=step)
+
+    assert torch.equal(logits(open_model(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize(("method", "dense"), [("rtn", "W4A16"), ("gptq", "W4A16"), ("awq", "W4A16"), ("rtn", "keep")])
+def test_a_layer_of_zeros_can_be_quantized_like_any_dense_layer(tiny_model_factory, tmp_path, method, dense):
+    cuts = Cuts((0, 1, 2, 3), dict.fromkeys((0, 3), (1, 3, 5)), frozenset({2}))
+    step = Quantize(method=method, scheme="W4A16", group_size=32, dense=dense)
+
+    source = tiny_model_factory("qwen3_moe", dtype="bfloat16")
+    expected = trimmed(source, tmp_path / "out", cuts, zero_width=192, quantize=step)
+
+    verify(tmp_path / "out", ARCHITECTURES["qwen3_moe"], ids_BS=IDS_NS, logits_BSV=expected, whole=True, on_block=lambda *_: None)
 
 
 def test_packed_zeros_open_in_blocks_that_differ(tiny_model_factory, tmp_path):
