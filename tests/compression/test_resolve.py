@@ -376,7 +376,7 @@ def test_a_step_that_needs_no_calibration_agrees_with_any(steps: list[dict[str, 
 
 def dense_between() -> Any:
     """Six blocks of a Qwen, dense in the middle: runs of mixtures are two or three blocks long."""
-    return qwen(blocks=6, dense=[2])
+    return qwen(blocks=6, dense=(2,))
 
 
 def refused(steps: list[Any], family: Any = mixtral, profile: Profile = "custom", **serving: int) -> RequestError:
@@ -425,7 +425,7 @@ def test_a_span_longer_than_what_is_sure_to_be_left_is_refused():
 
     error = refused([BlockDrop(blocks_dropped=1), BlockDrop(blocks_dropped=2, selection="consecutive"), BlockDrop(blocks_dropped=1)])
     assert error.pointer == "/recipe/steps/2/blocks_dropped"
-    error = refused([LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=2, selection="consecutive")], family=dense_between)
+    error = refused([LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=3, selection="consecutive")], family=dense_between)
     assert isinstance(error, ImpossibleStep)
     assert "in a row" in error.message
 
