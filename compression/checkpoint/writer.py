@@ -153,7 +153,7 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     """
     parts = {
         r"\.experts\.": step.scheme,
-        r"\.self_attn\.": step.attention,
+        **{rf"\.{module}\.": step.attention for module in {*architecture.attention, *architecture.running_attention}},
         **{rf"\.{module}\.": step.shared_experts for module in architecture.shared_experts if not module.endswith("_gate")},
         r"\.mlp\.(gate|up|down)_proj$": step.dense,
     }
@@ -168,6 +168,7 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
+    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.towers)]
     formats = sorted({_format(scheme) for scheme in groups})
     return {
         "quant_method": "compressed-tensors",

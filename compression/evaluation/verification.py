@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compression.architectures import Architecture
-from compression.block import quiet
+from compression.block import language_model, quiet, stock_class
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import RUNTIME, needs_runtime, write_json
 from compression.errors import VerificationFailed
@@ -86,7 +85,7 @@ def in_windows(
         window = range(first, min(first + blocks, count))
         with tempfile.TemporaryDirectory(prefix="slimtrim-window-") as folder:
             model = _open(_window(artifact, architecture, window, Path(folder)), device, architecture, window)
-            logits_BSV, hidden_BSD = _run(model, inputs)
+            logits_BSV, hidden_BSD = _run(model, architecture, inputs)
             inputs = {"inputs_embeds": hidden_BSD}
             del model
         gc.collect()  # a loaded model refers to itself, so it would stay until the collector happens to run
@@ -125,12 +124,13 @@ def _scan(reader: Reader, on_block: OnBlock) -> int:
 
 
 def _whole(artifact: Path, architecture: Architecture, ids_BS: Tensor, device: torch.device) -> Tensor:
-    return _run(_open(artifact, device, architecture, range(0)), {"input_ids": ids_BS.to(device)})[0]
+    return _run(_open(artifact, device, architecture, range(0)), architecture, {"input_ids": ids_BS.to(device)})[0]
 
 
 def _open(folder: Path, device: torch.device, architecture: Architecture, window: range) -> Any:
     renamed = {re.escape(architecture.prefix(block)): architecture.prefix(place) for place, block in enumerate(window)}
-    from_pretrained: Any = open_model if needs_runtime(_config(folder)) else AutoModelForCausalLM.from_pretrained
+    config = _config(folder)
+    from_pretrained: Any = open_model if needs_runtime(config) else stock_class(config).from_pretrained
     try:
         with quiet():
             model, info = from_pretrained(folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True)
@@ -143,8 +143,9 @@ def _open(folder: Path, device: torch.device, architecture: Architecture, window
 
 
 @torch.no_grad()
-def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _run(opened: Any, architecture: Architecture, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     left: list[Tensor] = []
+    model = language_model(architecture, opened)
 
     def take(module: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         left.append(output[0] if isinstance(output, tuple) else output)

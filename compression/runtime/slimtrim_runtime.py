@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 SUFFIXES = (".compressed", ".bitmask", ".shape")
 
@@ -43,7 +43,8 @@ def open_model(folder: str | Path, **settings: Any) -> Any:
     config = settings.pop("config", None) or AutoConfig.from_pretrained(folder)
     for key in ("slimtrim", "transformers_weights"):  # true of the files alone; the second keeps the stock loader away from them
         vars(config).pop(key, None)
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    towers = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    stock: Any = (MODEL_FOR_MULTIMODAL_LM_MAPPING if towers else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
     opened = stock.from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
     if (folder / "generation_config.json").exists():

@@ -29,8 +29,10 @@ def cut_block(
         expert = architecture.expert_of(name)
         if place is None or experts is None or architecture.component_of(name) not in ("experts", "router"):
             cut[renamed] = tensor
-        elif expert is None:  # the router, or all experts in one tensor: the first dimension counts experts
-            cut[renamed] = tensor if len(experts) == tensor.shape[0] else tensor[torch.tensor(experts)]
+        elif expert is None:  # the router, or all experts in one tensor
+            axis = architecture.expert_axis(name)
+            whole = len(experts) == tensor.shape[axis]
+            cut[renamed] = tensor if whole else tensor.index_select(axis, torch.tensor(experts)).contiguous()
         elif expert in place:
             cut[renamed.replace(f".experts.{expert}.", f".experts.{place[expert]}.", 1)] = tensor
     return cut
@@ -73,7 +75,8 @@ def _per_layer_lists(config: Mapping[str, Any], architecture: Architecture, kept
 
 def _dense_blocks(config: Mapping[str, Any], architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
     if architecture.dense_prefix_key is not None:
-        prefix = int(config.get(architecture.dense_prefix_key) or 0)
+        stated = config.get(architecture.dense_prefix_key)
+        prefix = int(architecture.dense_prefix if stated is None else stated)
         return {architecture.dense_prefix_key: sum(block < prefix for block in kept)}
     if architecture.dense_list_key is not None and architecture.sparse_step_key is not None:
         listed, step = config.get(architecture.dense_list_key) or [], int(config.get(architecture.sparse_step_key) or 1)
