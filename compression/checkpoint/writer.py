@@ -165,7 +165,7 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
         groups = {step.scheme: ["Linear"]}
     # By saved and by running name: stock transformers matches running modules, other engines saved ones.
     routers = sorted({architecture.router, architecture.running_router.rsplit(".", 1)[-1]})
-    ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
+    ignore = [architecture.head, *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
     ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.towers)]

@@ -225,18 +225,16 @@ def test_what_a_row_refuses_is_refused_by_name(folder, model_type, part):
 
 @torch.no_grad()
 @EVERY
-def test_one_perturbed_expert_matrix_is_the_only_thing_that_changes_in_the_saved_file(folder, model_type, tmp_path):
+def test_one_perturbed_expert_matrix_is_the_only_thing_that_changes_in_the_saved_file(folder, model_type):
     reader, row = Reader(folder), ARCHITECTURES[model_type]
     index = take_inventory(read_checkpoint(FolderFiles(folder))).droppable[0]
     shell = Shell(reader.config, reader.outside())
     with shell.live(index, reader.block(index)) as block:
-        layer = moe_layer(row, block)
-        layer.stack("down_proj", range(5, 6)).add_(1.0)
-        changed = {name: tensor.clone() for name, tensor in saved_of(shell, block, index).items()}
+        before = saved_of(shell, block, index)
+        moe_layer(row, block).stack("down_proj", range(5, 6)).add_(1.0)
+        changed = saved_of(shell, block, index)
 
-    before = reader.block(index)
-
-    assert changed.keys() == before.keys()
+    assert changed.keys() == before.keys() == reader.block(index).keys()
     different = [name for name in before if not same_bytes(changed[name], before[name])]
     if row.fused_on_disk:
         assert different == [f"{row.prefix(index)}{row.fused_places[1]}"]
@@ -251,4 +249,5 @@ def saved_of(shell, block, index):
     from transformers.core_model_loading import revert_weight_conversion
 
     path = next(name for name, module in shell.model.named_modules() if module is block)
-    return revert_weight_conversion(shell.model, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
+    state = {f"{path}.{name}": tensor.clone() for name, tensor in block.state_dict().items()}
+    return revert_weight_conversion(shell.model, state)
