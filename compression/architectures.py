@@ -19,7 +19,7 @@ from compression.errors import BrokenCheckpoint, NotAMoE, UnsupportedArchitectur
 Component = Literal["experts", "attention", "router", "shared_experts", "dense", "embeddings", "other"]
 COMPONENTS: tuple[Component, ...] = ("experts", "attention", "router", "shared_experts", "dense", "embeddings", "other")
 
-Refusable = Literal["awq", "attention", "shared_experts", "dense", "block_drop", "prune"]
+Refusable = Literal["quantize", "awq", "attention", "shared_experts", "dense", "block_drop", "prune"]
 
 EXPERT_COUNT_SPELLINGS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Every spelling of the expert count that engines read; whichever a source config holds is kept true."""
@@ -62,8 +62,8 @@ class Architecture:
     """How fused tensors are saved, behind the dimension that counts experts."""
     attention: tuple[str, ...] = ("self_attn",)
     """Modules below a block that mix tokens, one of them in each block: attention proper, and what stands in for it."""
-    running_attention: tuple[str, ...] = ()
-    """The same in a live block, where they are named otherwise."""
+    running_names: tuple[tuple[str, str], ...] = ()
+    """Modules below a block that a live block names otherwise than the files, besides the MoE layer: saved and running."""
     varied_blocks: bool = False
     """Whether blocks differ in more than their feed-forward half: attention of several kinds, norms of mixtures alone."""
     shared_experts: tuple[str, ...] = ()
@@ -76,6 +76,8 @@ class Architecture:
     """Experts whose scores make up a group's own score; a group must keep that many."""
     per_layer_lists: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     """Config lists with one entry per block, cut with it."""
+    period_keys: tuple[str, ...] = ()
+    """Config keys of the periods after which blocks repeat, where no list names the kind of each."""
     dense_prefix_key: str | None = None
     """Config key counting the dense blocks at the start."""
     dense_prefix: int = 0
@@ -86,6 +88,8 @@ class Architecture:
     """Config key listing the indices of dense blocks."""
     sparse_step_key: str | None = None
     """Config key saying that every n-th block is a mixture."""
+    dense_matrices: str = r"mlp\.(gate|up|down)_proj"
+    """Pattern of the linear layers of a dense block, by saved and by running name."""
     mixture_period: tuple[tuple[str, int], tuple[str, int]] | None = None
     """Config keys, with what holds in their absence, of how far mixtures are apart and of the first of them."""
     expert_width_key: str = "moe_intermediate_size"
@@ -168,7 +172,15 @@ class Architecture:
     def running_place(self, name: str) -> str:
         """Return the path inside a live block of what is saved under this name."""
         place = self.place_of(name)
-        return f"{self.running_moe}{place[len(self.moe) :]}" if place.startswith(f"{self.moe}.") else place
+        for written, running in (*self.running_names, (self.moe, self.running_moe)):
+            if place.startswith(f"{written}."):
+                return f"{running}{place[len(written) :]}"
+        return place
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """Return the last part of a module's name, as it is saved and as it is called in a live block."""
+        running = {written.split(".")[-1]: name.split(".")[-1] for written, name in self.running_names}
+        return (module, running[module]) if module in running else (module,)
 
     def experts_prefix(self, block: int) -> str:
         """Return the saved name under which a block's experts are kept."""
@@ -222,7 +234,7 @@ _DEEPSEEK: dict[str, Any] = {
 _NORM_READERS = "what else reads its norms is not on record, and a scale moved out of a norm must reach all of it"
 _CENTRED = "its norms multiply by one more than their weight, so a scale cannot be taken out of them"
 _MIXED = "its attention is not made of linear layers alone; leave it as it is"
-_RENAMED = "the stock loader knows this part by another name than the files do; leave it as it is"
+_NEVER_CALLED = "its stock class never makes the call in which linear layers are unpacked; leave it as it is"
 _LINEAR: tuple[str, ...] = ("self_attn", "linear_attn")
 _TYPED: dict[str, Any] = {"dense_prefix_key": "first_k_dense_replace", "dense_types_key": "mlp_layer_types"}
 _SIGMOID: dict[str, Any] = {"router_scores": "sigmoid", "refuses": {"awq": _NORM_READERS}}
@@ -260,7 +272,7 @@ _KIMI: dict[str, Any] = {
     "router_scores": "sigmoid",
     "latent_attention": True,
     "varied_blocks": True,
-    "refuses": {"awq": _NORM_READERS, "attention": _MIXED},
+    "refuses": {"quantize": "the stock loader cannot join its convolutions once experts are packed"},
     **_TYPED,
 }
 _QWEN: dict[str, Any] = {"moe": "mlp", "dense_list_key": "mlp_only_layers", "sparse_step_key": "decoder_sparse_step"}
@@ -359,9 +371,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             **_SIGMOID,
         ),
         Architecture(
-            "beam", ("num_experts",), moe="mlp", dense_types_key="mlp_layer_types", dense_prefix=3, **_GROUPS, **_SIGMOID
-        ),
-        Architecture(
             "minimax_m2",
             ("num_local_experts",),
             moe="block_sparse_moe",
@@ -400,7 +409,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_types_key="mlp_layer_types",
             dense_prefix=1,
             router_scores="sigmoid",
-            refuses={"awq": _NORM_READERS, "shared_experts": _RENAMED},
+            running_names=(("mlp.shared_mlp", "mlp.shared_experts"),),
+            refuses={"awq": _NORM_READERS},
         ),
         Architecture(
             "laguna",
@@ -413,7 +423,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_prefix=1,
             router_scores="sigmoid",
             varied_blocks=True,
-            refuses={"awq": _NORM_READERS, "shared_experts": _RENAMED},
+            running_names=(("mlp.shared_expert", "mlp.shared_experts"),),
+            refuses={"awq": _NORM_READERS},
         ),
         Architecture(
             "afmoe",
@@ -443,7 +454,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("num_experts",),
             moe="mlp",
             attention=("attention",),
-            running_attention=("self_attn",),
+            running_names=(("attention", "self_attn"),),
             embed_tokens="word_embeddings",
             dense_prefix=2,
             **_KIMI,
@@ -463,7 +474,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_prefix=2,
             router_scores="sigmoid",
             tied=True,
-            refuses={"awq": _NORM_READERS, "attention": _MIXED, "dense": _RENAMED},
+            dense_matrices=r"feed_forward\.w[123]",
+            refuses={"awq": _NORM_READERS, "attention": _MIXED},
         ),
         Architecture(
             "jamba",
@@ -476,6 +488,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             attention=("self_attn", "mamba"),
             varied_blocks=True,
             mixture_period=(("expert_layer_period", 2), ("expert_layer_offset", 1)),
+            dense_matrices=r"feed_forward\.(gate|up|down)_proj",
+            per_layer_lists=(),
+            period_keys=("attn_layer_period", "expert_layer_period"),
             expert_width_key="intermediate_size",
             refuses={
                 "awq": _NORM_READERS,
@@ -513,7 +528,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_types_key="mlp_layer_types",
             refuses={"awq": _NORM_READERS},
         ),
-        Architecture("flint", ("num_experts",), shared_experts=("shared_expert",), refuses={"awq": _NORM_READERS}, **_QWEN),
+        Architecture(
+            "flint",
+            ("num_experts",),
+            shared_experts=("shared_expert",),
+            router_scores="sigmoid",
+            refuses={"awq": _NORM_READERS},
+            **_QWEN,
+        ),
         Architecture(
             "qwen3_next", ("num_experts",), dense_list_key="mlp_only_layers", sparse_step_key="decoder_sparse_step", **_QWEN_NEXT
         ),
@@ -536,7 +558,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             text_config=("thinker_config", "text_config"),
             running_language_model="thinker",
             towers=("visual", "audio_tower", "talker", "code2wav"),
-            refuses={"awq": _NORM_READERS},
+            refuses={"awq": _NORM_READERS, "attention": _NEVER_CALLED, "dense": _NEVER_CALLED},
             **_QWEN,
         ),
         Architecture("granitemoe", ("num_local_experts",), **_GRANITE),

@@ -81,7 +81,7 @@ def moe_layer(architecture: Architecture, block: nn.Module) -> MoELayer | None:
 
 def attention_module(architecture: Architecture, block: nn.Module) -> nn.Module:
     """Return the module of a live block that mixes tokens: attention, or what stands in for it."""
-    names = architecture.running_attention or architecture.attention
+    names = [name for module in architecture.attention for name in architecture.names_of(module)]
     return block.get_submodule(next(name for name in names if hasattr(block, name)))
 
 

@@ -81,12 +81,6 @@ def _mimo_v2_flash(blocks: int) -> dict[str, Any]:
     return {**special, "head_dim": 32, "v_head_dim": 16}
 
 
-def _beam(blocks: int) -> dict[str, Any]:
-    special = {**_deepseek_like(blocks), "num_experts": _EXPERTS, "mlp_layer_types": _one_dense(blocks), **_windows(blocks)}
-    del special["n_routed_experts"], special["n_shared_experts"]
-    return {**special, "head_dim": 32}
-
-
 def _minimax_m2(blocks: int) -> dict[str, Any]:
     return {"intermediate_size": _WIDTH, "num_local_experts": _EXPERTS, "head_dim": 32}
 
@@ -350,7 +344,6 @@ FAMILIES: dict[str, Callable[[int], dict[str, Any]]] = {
     "deepseek_v32": _deepseek_v32,
     "exaone_moe": _exaone_moe,
     "mimo_v2_flash": _mimo_v2_flash,
-    "beam": _beam,
     "minimax_m2": _minimax_m2,
     "minimax": _minimax,
     "ernie4_5_moe": _ernie4_5_moe,

@@ -151,11 +151,12 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
     for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
     """
+    shared = [module for module in architecture.shared_experts if not module.endswith("_gate")]
     parts = {
         r"\.experts\.": step.scheme,
-        **{rf"\.{module}\.": step.attention for module in {*architecture.attention, *architecture.running_attention}},
-        **{rf"\.{module}\.": step.shared_experts for module in architecture.shared_experts if not module.endswith("_gate")},
-        r"\.mlp\.(gate|up|down)_proj$": step.dense,
+        **{rf"\.{name}\.": step.attention for module in architecture.attention for name in architecture.names_of(module)},
+        **{rf"\.{name}\.": step.shared_experts for module in shared for name in architecture.names_of(module)},
+        rf"\.{architecture.dense_matrices}$": step.dense,
     }
     groups: dict[str, list[str]] = {}
     for pattern, scheme in parts.items():

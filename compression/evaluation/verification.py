@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -78,7 +79,10 @@ def in_windows(
     artifact: Path, architecture: Architecture, *, ids_BS: Tensor, device: torch.device, blocks: int = _BLOCKS_PER_WINDOW
 ) -> Tensor:
     """Return the logits [B, S, V] of an artifact that is never in memory as a whole."""
-    count = architecture.block_count(_config(artifact))
+    config = _config(artifact)
+    count = architecture.block_count(config)
+    # Blocks that are told apart by a period alone must keep their place in it.
+    blocks = math.lcm(*(int(architecture.settings(config)[key]) for key in architecture.period_keys)) * blocks
     hidden_BSD: Tensor | None = None
     logits_BSV = torch.empty(0)
     for first in range(0, count, blocks):

@@ -201,6 +201,7 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
 
 def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
     architecture = inventory.architecture
+    _refuse_part("quantize", pointer, inventory)
     if architecture.fused_on_disk:
         raise NotLoadableInProfile(
             f"{architecture.model_type} saves all experts of a layer in one 3-D tensor, and no stock loader reads "

@@ -28,7 +28,9 @@ def smallest_cut(inventory: Inventory, serving: Serving, profile: Profile = "por
     kept = Cut(counts[0], 0 if "block_drop" in refused else len(inventory.droppable) - 1)
     if inventory.architecture.fused_on_disk:
         return kept
-    options = [kept, _quantized(inventory, kept, profile)]
+    options = [kept]
+    if "quantize" not in refused:
+        options.append(_quantized(inventory, kept, profile))
     if profile == "custom":
         options += _pruned(inventory, kept)
     return min(options, key=lambda cut: artifact_sizes(inventory, cut).total)

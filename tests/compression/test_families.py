@@ -32,7 +32,8 @@ from compression.trimming.surgery import cut_block, cut_config
 from tests.tiny_models import MORE_MODEL_TYPES
 
 EVERY = pytest.mark.parametrize("model_type", MORE_MODEL_TYPES)
-PACKABLE = pytest.mark.parametrize("model_type", [name for name in MORE_MODEL_TYPES if not ARCHITECTURES[name].fused_on_disk])
+PACKED = [n for n in MORE_MODEL_TYPES if not ARCHITECTURES[n].fused_on_disk and "quantize" not in ARCHITECTURES[n].refuses]
+PACKABLE = pytest.mark.parametrize("model_type", PACKED)
 FUSED = pytest.mark.parametrize("model_type", [name for name in MORE_MODEL_TYPES if ARCHITECTURES[name].fused_on_disk])
 WORDS = "the expert the router chose was not the one that the other tokens had wanted so they went home "
 IDS_NS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -215,6 +216,7 @@ def test_what_a_row_refuses_is_refused_by_name(folder, model_type, part):
     steps = {
         "block_drop": {"step": "block_drop", "blocks_dropped": 1},
         "prune": {"step": "prune", "method": "magnitude", "sparsity": 0.5},
+        "quantize": {**QUANTIZE, "method": "rtn"},
         "awq": {**QUANTIZE, "method": "awq"},
     }
     step = steps.get(part, {**QUANTIZE, "method": "rtn", part: "W8A16"})
