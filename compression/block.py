@@ -83,6 +83,7 @@ class Shell:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
                 )
+                self.model.config._is_quantized = True  # which from_pretrained notes too, and some families compute by
                 # The stock hook unpacks the whole model at its first forward; here every block is unpacked alone.
                 if hasattr(self._quantizer, "compressor"):
                     self._quantizer.compressor.remove_decompression_hook(self.model)
