@@ -69,6 +69,10 @@ def _deepseek_v32(blocks: int) -> dict[str, Any]:
     return {**_latent(blocks), "index_topk": 4, "index_n_heads": 2, "index_head_dim": 32}
 
 
+def _axk2(blocks: int) -> dict[str, Any]:
+    return {**_deepseek_v32(blocks), "gated_norm_rank": 16}
+
+
 def _exaone_moe(blocks: int) -> dict[str, Any]:
     special = {**_deepseek_like(blocks), "num_experts": _EXPERTS, "num_shared_experts": 1, "mlp_layer_types": _one_dense(blocks)}
     del special["n_routed_experts"], special["n_shared_experts"]
@@ -284,6 +288,14 @@ def _qwen3_vl_moe(blocks: int) -> dict[str, Any]:
     return {"text_config": _tower_text(blocks), "vision_config": _VISION, **_VISION_TOKENS}
 
 
+def _qwen3_5_moe(blocks: int) -> dict[str, Any]:
+    text = {**_tower_text(blocks), **_qwen3_5_moe_text(blocks)}
+    del text["mlp_only_layers"], text["intermediate_size"]
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
+    vision = {key: value for key, value in _VISION.items() if key != "deepstack_visual_indexes"}
+    return {"text_config": text, "vision_config": vision, **_VISION_TOKENS}
+
+
 def _qwen3_omni_moe(blocks: int) -> dict[str, Any]:
     audio = {
         "d_model": 32,
@@ -342,6 +354,7 @@ FAMILIES: dict[str, Callable[[int], dict[str, Any]]] = {
     "glm4_moe_lite": _latent,
     "axk1": _latent,
     "deepseek_v32": _deepseek_v32,
+    "axk2": _axk2,
     "exaone_moe": _exaone_moe,
     "mimo_v2_flash": _mimo_v2_flash,
     "minimax_m2": _minimax_m2,
@@ -368,4 +381,5 @@ FAMILIES: dict[str, Callable[[int], dict[str, Any]]] = {
     "granitemoe_swa": _granitemoe_swa,
     "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen3_omni_moe": _qwen3_omni_moe,
+    "qwen3_5_moe": _qwen3_5_moe,
 }

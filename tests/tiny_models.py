@@ -245,7 +245,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with _untouched_global_state():
-        auto: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForMultimodalLM
+        towers = hasattr(config, "vision_config") or hasattr(config, "thinker_config")
+        auto: Any = AutoModelForMultimodalLM if towers else AutoModelForCausalLM
         model = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -169,7 +169,7 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
     ignore = [architecture.head, *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
-    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.towers)]
+    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.untouched)]
     formats = sorted({_format(scheme) for scheme in groups})
     return {
         "quant_method": "compressed-tensors",
