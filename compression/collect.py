@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compression.architectures import Architecture
 from compression.errors import NonFiniteWeights
-from compression.moe import MoELayer, Routed, by_expert, moe_layer
+from compression.moe import MoELayer, Routed, attention_module, by_expert, moe_layer
 from compression.slimming.hessian import Statistic
 from compression.sweep import Stream
 
@@ -127,7 +127,7 @@ def collect(
         if advance:
             stream.push(index, block)
         else:
-            stack.enter_context(stream.remembered(block.get_submodule("self_attn")))
+            stack.enter_context(stream.remembered(attention_module(architecture, block)))
             for _ in stream.peek(index, block):
                 pass
     for name, statistic in statistics.items():

@@ -19,6 +19,7 @@ from compression.architectures import Architecture
 from compression.block import Shell
 from compression.checkpoint.writer import Writer
 from compression.memory import give_back
+from compression.moe import attention_module
 from compression.report import LedgerRow
 from compression.slim import Slimming, slim_
 from compression.sweep import OnBlock, Stream
@@ -69,5 +70,5 @@ class Compressor:
                 # Unless it was slimmed too, attention answers what it did when the block was calibrated.
                 with ExitStack() as stack:
                     if self.slimming.treatment("attention") is None:
-                        stack.enter_context(self.calibration.repeated(block.get_submodule("self_attn")))
+                        stack.enter_context(self.calibration.repeated(attention_module(self.architecture, block)))
                     self.calibration.push(index, block)

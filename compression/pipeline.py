@@ -205,7 +205,7 @@ class Run:
         return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self._zero_width(), merge=merge)
 
     def _zero_width(self) -> int | None:
-        """Return the width of the dense layers of zeros that tell stock classes of dropped MoE layers; None where nothing does."""
+        """Return the width of the dense layers of zeros that stand for dropped MoE layers; None where nothing does."""
         if self.plan.profile != "portable" or not any(isinstance(step, LayerDrop) for step in self.steps):
             return None
         config, parallel = self.reader.config, self.request.serving.tensor_parallel

@@ -146,11 +146,12 @@ def quantization_config(architecture: Architecture, step: Quantize, trimmed: Map
     The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
     for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
     """
+    shared = [module for module in architecture.shared_experts if not module.endswith("_gate")]
     parts = {
         r"\.experts\.": step.scheme,
-        r"\.self_attn\.": step.attention,
-        **{rf"\.{module}\.": step.shared_experts for module in architecture.shared_experts if not module.endswith("_gate")},
-        r"\.mlp\.(gate|up|down)_proj$": step.dense,
+        **{rf"\.{name}\.": step.attention for module in architecture.attention for name in architecture.names_of(module)},
+        **{rf"\.{name}\.": step.shared_experts for module in shared for name in architecture.names_of(module)},
+        rf"\.{architecture.dense_matrices}$": step.dense,
     }
     groups: dict[str, list[str]] = {}
     for pattern, scheme in parts.items():
@@ -160,9 +161,10 @@ def quantization_config(architecture: Architecture, step: Quantize, trimmed: Map
         groups = {step.scheme: ["Linear"]}
     # By saved and by running name: stock transformers matches running modules, other engines saved ones.
     routers = sorted({architecture.router, architecture.running_router.rsplit(".", 1)[-1]})
-    ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
+    ignore = [architecture.head, *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
+    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.untouched)]
     formats = sorted({_format(scheme) for scheme in groups})
     counts = (trimmed or {}).get("per_layer_num_experts")
     sparsity = {"moe_sparsity_config": {"method": "prune", "num_experts": list(counts)}} if counts else {}

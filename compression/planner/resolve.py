@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple, NoReturn
 
-from compression.architectures import Component
+from compression.architectures import Component, Refusable
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile
 from compression.planner.inventory import Inventory, config_count
 from compression.planner.sizes import FLOAT, WHOLE_ROW, Cut, expert_bytes, matrices_to_prune, matrices_to_quantize, packed_pattern
@@ -94,6 +94,7 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> 
         case ExpertMerge():
             return step, replace(cut, experts_kept=_experts_kept(step, pointer, cut, target.inventory))
         case BlockDrop():
+            _refuse_part("block_drop", f"{pointer}/step", target.inventory)
             return step, replace(cut, blocks_dropped=_blocks_dropped(step, pointer, cut, target.inventory))
         case LayerDrop():
             return step, _layers_dropped(step, pointer, cut, target=target)
@@ -247,6 +248,9 @@ def _longest_run(blocks: Sequence[int]) -> int:
 def _pruned(step: Prune, pointer: str, cut: Cut, inventory: Inventory) -> Cut:
     if cut.pruned:
         raise ImpossibleStep("a weight can be pruned once; leave the second prune step out", pointer=pointer)
+    _refuse_part("prune", f"{pointer}/step", inventory)
+    if step.shared_experts:
+        _refuse_part("shared_experts", f"{pointer}/shared_experts", inventory)
     cut = replace(cut, pruned=frozenset[Component](("experts", "shared_experts") if step.shared_experts else ("experts",)))
     if step.pattern is not None:
         _check_pattern(step.pattern, cut, inventory, pointer=f"{pointer}/pattern")
@@ -292,6 +296,10 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
         "shared_experts": step.shared_experts,
         "dense": step.dense,
     }
+    parts: tuple[Refusable, ...] = ("attention", "shared_experts", "dense")
+    for component in parts:
+        if wanted[component] != "keep":
+            _refuse_part(component, f"{pointer}/{component}", target.inventory)
     cut = replace(cut, schemes={component: scheme for component, scheme in wanted.items() if scheme != "keep"})
     if target.profile == "portable":
         _refuse_few_bits(cut, pointer)
@@ -301,18 +309,26 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
 
 def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
     architecture = inventory.architecture
+    _refuse_part("quantize", pointer, inventory)
     if architecture.fused_on_disk:
         raise NotLoadableInProfile(
             f"{architecture.model_type} saves all experts of a layer in one 3-D tensor, and no stock loader reads "
             "that packed; use expert_drop and block_drop",
             pointer=pointer,
         )
+    if step.method == "awq":
+        _refuse_part("awq", f"{pointer}/method", inventory)
     if step.method == "awq" and architecture.gating != "exact":
         raise ImpossibleStep(
             f"awq scales what enters down_proj by way of up_proj, and {architecture.model_type} clamps the value in between; "
             "use gptq",
             pointer=f"{pointer}/method",
         )
+
+
+def _refuse_part(part: Refusable, pointer: str, inventory: Inventory) -> None:
+    if reason := inventory.architecture.refuses.get(part):
+        raise ImpossibleStep(f"{inventory.architecture.model_type} does not allow {part}: {reason}", pointer=pointer)
 
 
 def _refuse_few_bits(cut: Cut, pointer: str) -> None:

@@ -39,6 +39,7 @@ MEMORY_CLASSES: dict[str, int] = {
     "gpu.141g": 141 * 10**9,
 }
 """Bytes of device memory per class; what needs no more than the first is quick enough without an accelerator."""
+_WITHOUT_CACHE = ("linear_attention", "conv", "mamba")
 _MICRO_BATCH_TOKENS = 4096
 _ACTIVATIONS_PER_TOKEN = 16
 """Float32 vectors of the block's widths alive at once for each token of a micro-batch: inputs, projections, outputs."""
@@ -228,9 +229,13 @@ def _planned(part: Part, name: str, dtype: str, *, shape: tuple[int, ...], schem
 
 
 def _trimmed_shape(inventory: Inventory, part: Part, cut: Cut) -> tuple[int, ...]:
-    """The router counts experts in its first dimension, and so do tensors that hold all experts at once."""
+    """The router counts experts in one dimension, and so do tensors that hold all experts at once."""
     counts_experts = part.component == "router" or (part.component == "experts" and inventory.architecture.fused_on_disk)
-    return (cut.experts_kept, *part.header.shape[1:]) if counts_experts else part.header.shape
+    if not counts_experts:
+        return part.header.shape
+    shape = list(part.header.shape)
+    shape[inventory.architecture.expert_axis(part.header.name)] = cut.experts_kept
+    return tuple(shape)
 
 
 def _is_matrix(part: Part, block: Block | None) -> bool:
@@ -281,21 +286,32 @@ def _add(totals: dict[Component, int], more: Mapping[Component, int], times: int
 
 
 def _block_cache(inventory: Inventory, block: Block, context: int) -> int:
-    """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead."""
-    latent = inventory.architecture.latent_attention
-    places = ("kv_a_proj_with_mqa",) if latent else ("k_proj", "v_proj")
-    projections = [block.header(f"self_attn.{place}.weight") for place in places]
+    """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead.
+
+    What stands in for attention in some blocks (linear attention, convolution) keeps a state that does not grow with the text,
+    and is not counted.
+    """
+    row = inventory.architecture
+    if _layer_type(inventory, block.index) in _WITHOUT_CACHE:
+        return 0
+    places = ("kv_a_proj_with_mqa", "indexer.wk") if row.latent_attention else ("k_proj", "v_proj")
+    names = {f"{module}.{place}.weight" for module in row.attention for place in places}
+    projections = [part.header for part in block.parts if part.place in names]
     per_token = sum(prod(header.shape[:1]) * DTYPE_BITS[header.dtype] // 8 for header in projections)
     return per_token * min(context, _window(inventory, block.index) or context)
+
+
+def _layer_type(inventory: Inventory, index: int) -> object:
+    listed: object = inventory.config.get("layer_types")
+    layer_types = cast("list[object]", listed) if isinstance(listed, list) else []
+    return layer_types[index] if index < len(layer_types) else None
 
 
 def _window(inventory: Inventory, index: int) -> int | None:
     """Return the sliding window of a block; None where it sees, or may see, everything."""
     config, row = inventory.config, inventory.architecture
-    listed: object = config.get("layer_types")
-    layer_types = cast("list[object]", listed) if isinstance(listed, list) else []
-    if index < len(layer_types):
-        slides = layer_types[index] == "sliding_attention"
+    if (layer_type := _layer_type(inventory, index)) is not None:
+        slides = layer_type == "sliding_attention"
     else:
         slides = row.window == "everywhere" or (row.window == "flagged" and config.get("use_sliding_window") is True)
     return config_count(config, "sliding_window") if slides and config.get("sliding_window") else None

@@ -42,7 +42,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 SUFFIXES = (".compressed", ".bitmask", ".shape")
 _OURS = ("slimtrim", "auto_map", "transformers_weights")
@@ -78,7 +78,7 @@ def open_model(folder: str | Path, **settings: Any) -> Any:
     folder = _downloaded(folder, settings)
     given = settings.pop("config", None)
     config, section = _taken_apart(AutoConfig.from_pretrained(folder) if given is None else given)
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    stock = _stock_class(config)
     opened = _shaped(stock, section).from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
     model.__class__ = stock
@@ -100,7 +100,7 @@ class SlimtrimForCausalLM:
     @classmethod
     def _from_config(cls, config: Any, **settings: Any) -> Any:
         config, section = _taken_apart(config)
-        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        stock = _stock_class(config)
         model = _shaped(stock, section)._from_config(config, **settings)
         model.__class__ = stock
         return model
@@ -229,7 +229,7 @@ class _Nothing(nn.Module):
 class _NoRouter(nn.Module):
     """Stands where a router was, and chooses none of no experts."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         none_T0 = x.new_zeros(x.shape[:-1].numel(), 0)
         return none_T0, none_T0, none_T0.long()
 
@@ -261,6 +261,12 @@ def with_experts(count: int, model: Any, block: Any, index: int, config: Any, se
     if not like.is_meta:
         new.apply(model._init_weights)
     return new.train(block.training)
+
+
+def _stock_class(config: Any) -> Any:
+    """Return the stock class of a model: with all its towers, where it has several."""
+    towers = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (MODEL_FOR_MULTIMODAL_LM_MAPPING if towers else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
 
 
 def _taken_apart(config: Any) -> tuple[Any, dict[str, Any]]:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from compression.architectures import Architecture
+from compression.planner.inventory import expected_mixtures
 
 Spelling = Literal["list", "prefix", "types"]
 WIDTH_KEY = "intermediate_size"
-_TYPES_KEY = "mlp_layer_types"
 _NARROWEST = 16
+_STOCK_MATRICES = Architecture.__dataclass_fields__["dense_matrices"].default
 
 
 def stock_layer_drop(architecture: Architecture, config: Mapping[str, Any]) -> Spelling | None:
@@ -23,27 +24,25 @@ def stock_layer_drop(architecture: Architecture, config: Mapping[str, Any]) -> S
 
     By a "list" of dense blocks or by "types", any block can go; as a "prefix", the first MoE layers alone.
     """
-    if isinstance(architecture.settings(config).get(_TYPES_KEY), list):
+    if architecture.dense_matrices != _STOCK_MATRICES or architecture.varied_blocks:
+        return None
+    if _types_key(architecture, config) is not None:
         return "types"
     if architecture.dense_list_key is not None:
         return "list"
     return "prefix" if architecture.dense_prefix_key is not None else None
 
 
+def _types_key(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
+    """Return the key under which config.json lists the kind of every block; None where it lists none."""
+    key = architecture.dense_types_key
+    return key if key is not None and isinstance(architecture.settings(config).get(key), list) else None
+
+
 def dense_blocks(architecture: Architecture, config: Mapping[str, Any]) -> frozenset[int]:
     """Return the blocks that config.json declares dense."""
-    spelling = stock_layer_drop(architecture, config)
-    blocks, config = range(architecture.block_count(config)), architecture.settings(config)
-    if spelling == "types":
-        return frozenset(block for block in blocks if config[_TYPES_KEY][block] == "dense")
-    if spelling == "prefix":
-        prefix = int(config.get(architecture.dense_prefix_key or "") or 0)
-        return frozenset(block for block in blocks if block < prefix)
-    if spelling == "list":
-        listed: list[int] = config.get(architecture.dense_list_key or "") or []
-        step = int(config.get(architecture.sparse_step_key or "") or 1)
-        return frozenset(block for block in blocks if block in listed or (block + 1) % step != 0)
-    return frozenset()
+    mixtures = expected_mixtures(architecture, architecture.settings(config), architecture.block_count(config))
+    return frozenset(block for block, is_mixture in enumerate(mixtures) if not is_mixture)
 
 
 def zero_dense_width(
@@ -61,14 +60,13 @@ def zero_dense_width(
 def dense_spelling(architecture: Architecture, config: Mapping[str, Any], kept: Iterable[int], dense: set[int]) -> dict[str, Any]:
     """Return the entries of config.json that say which of the kept blocks, by the source's indices, are dense."""
     places = [block in dense for block in kept]
-    spelling = stock_layer_drop(architecture, config)
-    if spelling == "types":
-        return {_TYPES_KEY: ["dense" if is_dense else "sparse" for is_dense in places]}
-    if spelling == "prefix":
+    if (types := _types_key(architecture, config)) is not None:
+        return {types: ["dense" if is_dense else "sparse" for is_dense in places]}
+    if architecture.dense_prefix_key is not None:
         assert places == sorted(places, reverse=True), f"{architecture.model_type} can have dense blocks at the start alone"
-        return {str(architecture.dense_prefix_key): sum(places)}
-    if spelling == "list":
+        return {architecture.dense_prefix_key: sum(places)}
+    if architecture.dense_list_key is not None:
         listed = [place for place, is_dense in enumerate(places) if is_dense]
-        return {str(architecture.dense_list_key): listed, str(architecture.sparse_step_key): 1}
+        return {architecture.dense_list_key: listed, str(architecture.sparse_step_key): 1}
     assert not any(places), f"{architecture.model_type} has no dense blocks"
     return {}

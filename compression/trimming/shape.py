@@ -14,7 +14,6 @@ from compression.architectures import EXPERT_COUNT_SPELLINGS, Architecture, expe
 from compression.runtime.slimtrim_runtime import declared
 from compression.trimming import Cuts
 
-_TOP_K_KEY = "num_experts_per_tok"
 _PER_LAYER = ("per_layer_num_experts", "per_layer_config")
 
 
@@ -69,11 +68,11 @@ def _per_layer(counts: Sequence[int | None], one: int, keys: Sequence[str]) -> d
 def family_facts(architecture: Architecture) -> dict[str, Any]:
     """Return what a loader must know of a family to give its blocks another shape."""
     return {
-        "layer": architecture.running_experts.rpartition(".")[0],
+        "layer": architecture.running_moe,
         "experts_module": architecture.running_experts,
         "router": architecture.running_router,
         "norm": architecture.feed_forward_norm,
         "count_keys": list(architecture.expert_count_keys),
-        "top_k_key": _TOP_K_KEY,
+        "top_k_key": architecture.top_k_key,
         "layer_returns": architecture.layer_returns,
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compression.architectures import Architecture
 from compression.block import stock_config
+from compression.planner.sizes import MOE_LAYER
 from compression.trimming import Cuts
 from compression.trimming.dense_layers import WIDTH_KEY, dense_blocks, dense_spelling
 from compression.trimming.shape import cut_entries, expert_entries
@@ -80,16 +81,18 @@ def _with_experts(saved: Mapping[str, Tensor], architecture: Architecture, exper
             cut[name] = tensor
         elif expert in place:
             cut[name.replace(f".experts.{expert}.", f".experts.{place[expert]}.", 1)] = tensor
-        elif expert is None and experts:  # the router, or all experts in one tensor: the first dimension counts experts
-            cut[name] = tensor if len(experts) == tensor.shape[0] else tensor[torch.tensor(experts)]
+        elif expert is None and experts:  # the router, or all experts in one tensor
+            axis = architecture.expert_axis(name)
+            whole = len(experts) == tensor.shape[axis]
+            cut[name] = tensor if whole else tensor.index_select(axis, torch.tensor(experts)).contiguous()
     return cut
 
 
 def _without_layer(
     saved: Mapping[str, Tensor], architecture: Architecture, block: int, zero_width: int | None
 ) -> dict[str, Tensor]:
-    layer, norm = (f"{architecture.prefix(block)}{part}." for part in (architecture.moe, architecture.feed_forward_norm))
-    cut = {name: tensor for name, tensor in saved.items() if not name.startswith(layer)}
+    norm = f"{architecture.prefix(block)}{architecture.feed_forward_norm}."
+    cut = {name: tensor for name, tensor in saved.items() if architecture.component_of(name) not in MOE_LAYER}
     if zero_width is None:
         return {name: tensor for name, tensor in cut.items() if not name.startswith(norm)}
     like = max(saved.values(), key=Tensor.numel)

@@ -9,7 +9,19 @@ from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfil
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.resolve import Resolved, resolve, workable_counts
 from compression.planner.sizes import Cut, artifact_sizes
-from compression.recipe import BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Pattern, Profile, Quantize, Recipe, Recover, Serving
+from compression.recipe import (
+    BlockDrop,
+    ExpertDrop,
+    ExpertMerge,
+    ExpertSkip,
+    LayerDrop,
+    Pattern,
+    Profile,
+    Quantize,
+    Recipe,
+    Recover,
+    Serving,
+)
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 
@@ -423,7 +435,9 @@ def test_blocks_are_chosen_from_those_that_still_have_their_layer():
 def test_a_span_longer_than_what_is_sure_to_be_left_is_refused():
     resolve(Recipe(steps=(BlockDrop(blocks_dropped=3, selection="consecutive"),)), Serving(), inventory_of())
 
-    error = refused([BlockDrop(blocks_dropped=1), BlockDrop(blocks_dropped=2, selection="consecutive"), BlockDrop(blocks_dropped=1)])
+    error = refused(
+        [BlockDrop(blocks_dropped=1), BlockDrop(blocks_dropped=2, selection="consecutive"), BlockDrop(blocks_dropped=1)]
+    )
     assert error.pointer == "/recipe/steps/2/blocks_dropped"
     error = refused([LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=3, selection="consecutive")], family=dense_between)
     assert isinstance(error, ImpossibleStep)
