@@ -1,5 +1,0 @@
-"""placeholder"""
-
-
-def analysis_tables(study):
-    return {}
