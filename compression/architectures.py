@@ -97,6 +97,8 @@ class Architecture:
     expert_width_key: str = "moe_intermediate_size"
     gating: Literal["exact", "clamped"] = "exact"
     """Whether a scale on ``up_proj`` passes through act(gate) * up unchanged."""
+    gate_and_up: Literal["halves", "alternating"] = "halves"
+    """How the rows of gate and up lie in a fused matrix."""
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     """How the router turns its logits into probabilities."""
     feed_forward_norm: str = "post_attention_layernorm"
@@ -306,6 +308,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             fused_on_disk=True,
             expert_width_key="intermediate_size",
             gating="clamped",
+            gate_and_up="alternating",
         ),
         Architecture(
             "phimoe",
