@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.expert_criteria import LENGTH
+from bench.expert_criteria import LENGTH, Bench
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration
 from compression.checkpoint.source import open_source
