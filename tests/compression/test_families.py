@@ -222,7 +222,7 @@ def test_experts_are_pruned_and_every_part_that_may_be_is_quantized_and_the_stoc
     meant = {"experts"} if "quantize" in row.refuses else {"experts", *parts}
     assert {row.component_of(name) for name in changed} == {row.component_of(name) for name in before} & meant
     assert {name for name in before if row.expert_of(name) is not None} <= changed
-    assert {entry.zeros >= 0.5 for entry in report.ledger if ".experts." in entry.name} == {True}
+    assert {entry.zeros >= 0.5 for entry in report.ledger if ".experts." in entry.tensor} == {True}
 
 
 @PACKABLE
