@@ -23,14 +23,14 @@ from compression.architectures import ARCHITECTURES, REFUSED
 from compression.block import Shell, language_model, stock_class
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import quantization_config
+from compression.checkpoint.writer import Writer, quantization_config
 from compression.errors import ImpossibleStep, NotLoadableInProfile
 from compression.moe import by_expert, moe_layer
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.inventory import take_inventory
-from compression.planner.sizes import Cut, artifact_sizes
-from compression.recipe import Compression, Quantize
+from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes
+from compression.recipe import Compression, Quantize, Serving
 from compression.sweep import Push, Stream, sweep
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_block, cut_config
@@ -286,3 +286,35 @@ def saved_of(shell, block, index):
     path = next(name for name, module in shell.model.named_modules() if module is block)
     state = {f"{path}.{name}": tensor.clone() for name, tensor in block.state_dict().items()}
     return revert_weight_conversion(shell.model, state)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "per_token", "per_windowed_token"),
+    [
+        ("lfm2_moe", 2 * 2 * 32, 0),  # convolutions in two of four blocks; 2 heads of 16, keys and values
+        ("kimi_linear", 2 * (64 + 16), 0),  # linear attention in two; the latent and its rotary part
+        ("deepseek_v32", 4 * (64 + 16 + 32), 0),  # the indexer has keys of its own
+        ("mimo_v2_flash", 2 * 2 * (32 + 16), 2 * 4 * (32 + 16)),  # twice the heads where a window slides
+    ],
+)
+def test_the_cache_counts_what_grows_with_the_text(folder, model_type, per_token, per_windowed_token):
+    inventory = take_inventory(read_checkpoint(FolderFiles(folder)))
+
+    cache = kv_cache_bytes(inventory, Cut(8), Serving(context_tokens=100, batch_size=3))
+
+    assert cache == 3 * 2 * (100 * per_token + 8 * per_windowed_token)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe"])
+def test_what_prepares_pictures_and_sound_travels_with_the_artifact(folder, model_type, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    files = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+    for name in files:
+        (source / name).write_text("{}")
+    writer = Writer(out, json.loads((folder / "config.json").read_text()))
+    writer.outside({"model.visual.pos_embed.weight": torch.ones(2, 2)})
+
+    writer.finish(source)
+
+    assert {name for name in files if (out / name).exists()} == set(files)
