@@ -226,6 +226,7 @@ class ArchitectureView(View):
     latent_attention: bool
     fused_experts: bool
     quantize: bool
+    refuses: dict[str, str] = Field(description="What is not done to this family, each with the reason.")
 
 
 class ArchitectureList(View):

@@ -65,9 +65,10 @@ def _architecture_view(row: Architecture) -> ArchitectureView:
     return ArchitectureView(
         model_type=row.model_type,
         expert_count_keys=list(row.expert_count_keys),
-        shared_experts=bool(row.shared_experts),
+        shared_experts=bool(row.shared_experts or row.shared_beside),
         group_limited_routing=row.group_keys is not None,
         latent_attention=row.latent_attention,
         fused_experts=row.fused_on_disk,
-        quantize=not row.fused_on_disk,
+        quantize=not row.fused_on_disk and "quantize" not in row.refuses,
+        refuses={str(part): reason for part, reason in row.refuses.items()},
     )

@@ -48,7 +48,11 @@ def test_the_architectures_are_those_of_the_table(face: Face):
     listed = face.client.get("/v1/architectures").json()["data"]
 
     assert [row["model_type"] for row in listed] == list(ARCHITECTURES)
-    assert [row["model_type"] for row in listed if not row["quantize"]] == ["gpt_oss"]
+    assert {row["model_type"] for row in listed if not row["quantize"]} == {
+        "gpt_oss", "kimi_linear", "bailing_hybrid", "qwen3_vl_moe",
+        "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa",
+    }  # fmt: skip
+    assert {row["model_type"]: row["refuses"] for row in listed} == {name: row.refuses for name, row in ARCHITECTURES.items()}
 
 
 @pytest.mark.parametrize("path", ["/v1/queues", "/v1/reports", "/v1/reports?model=x&max_bytes=5", "/metrics", "/"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from compressed_tensors.quantization.utils import is_module_quantized
 from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
@@ -22,13 +23,14 @@ from compression.architectures import ARCHITECTURES, REFUSED
 from compression.block import Shell, language_model, stock_class
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.reader import Reader
+from compression.checkpoint.writer import Writer, quantization_config
 from compression.errors import ImpossibleStep, NotLoadableInProfile
 from compression.moe import by_expert, moe_layer
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.inventory import take_inventory
-from compression.planner.sizes import Cut, artifact_sizes
-from compression.recipe import Compression
+from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes
+from compression.recipe import Compression, Quantize, Serving
 from compression.sweep import Push, Stream, sweep
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_block, cut_config
@@ -37,6 +39,7 @@ from tests.tiny_models import MODEL_TYPES, MORE_MODEL_TYPES
 EVERY = pytest.mark.parametrize("model_type", MORE_MODEL_TYPES)
 PACKED = [n for n in MORE_MODEL_TYPES if not ARCHITECTURES[n].fused_on_disk and "quantize" not in ARCHITECTURES[n].refuses]
 PACKABLE = pytest.mark.parametrize("model_type", PACKED)
+PRUNABLE = pytest.mark.parametrize("model_type", [n for n in MORE_MODEL_TYPES if "prune" not in ARCHITECTURES[n].refuses])
 FUSED = pytest.mark.parametrize("model_type", [name for name in MORE_MODEL_TYPES if ARCHITECTURES[name].fused_on_disk])
 WORDS = "the expert the router chose was not the one that the other tokens had wanted so they went home "
 IDS_NS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -201,25 +204,36 @@ def logits_without(folder, experts):
     return torch.cat(list(stream.logits(shell)))
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["experts", "all that may be"])
-@PACKABLE
-def test_a_quantized_model_is_opened_by_the_stock_class_as_it_was_computed(folder, model_type, everything, tmp_path):
+@PRUNABLE
+def test_experts_are_pruned_and_every_part_that_may_be_is_quantized_and_the_stock_class_opens_it(folder, model_type, tmp_path):
     row = ARCHITECTURES[model_type]
-    step = {**QUANTIZE, "method": "rtn" if everything else "gptq"}
-    if everything:
-        parts = ("attention", "shared_experts", "dense")
-        step |= {part: "W8A16" for part in parts if part not in row.refuses}
+    steps = [{"step": "prune", "method": "wanda", "pattern": "2:4"}]
+    parts = [part for part in ("attention", "shared_experts", "dense") if part not in row.refuses]
+    if "quantize" not in row.refuses:
+        steps.append({**QUANTIZE, "method": "gptq", **dict.fromkeys(parts, "W8A16")})
 
-    report = compress(a_request(folder, [step]), folder, tmp_path / "out")
+    report = compress(a_request(folder, steps), folder, tmp_path / "out")
 
     assert report.verification.mode == "whole"
     assert report.verification.largest_logit_difference == 0
     assert report.bytes_after == report.bytes_planned
-    for name, tensor in saved(tmp_path / "out").items():
-        packed = name.endswith(".weight_packed")
-        assert packed or row.expert_of(name) is None or not name.endswith(".weight"), name
-        assert not (packed and row.component_of(name) in ("router", "embeddings", "other")), name
-        assert tensor.numel()
+    before, after = saved(folder), saved(tmp_path / "out")
+    changed = {name for name in before if name not in after or not same_bytes(after[name], before[name])}
+    meant = {"experts"} if "quantize" in row.refuses else {"experts", *parts}
+    assert {row.component_of(name) for name in changed} == {row.component_of(name) for name in before} & meant
+    assert {name for name in before if row.expert_of(name) is not None} <= changed
+    assert {entry.zeros >= 0.5 for entry in report.ledger if ".experts." in entry.tensor} == {True}
+
+
+@PACKABLE
+def test_where_experts_alone_are_quantized_the_stock_class_takes_no_linear_layer_for_quantized(folder, model_type):
+    reader = Reader(folder)
+    config = quantization_config(ARCHITECTURES[model_type], Quantize(**{**QUANTIZE, "method": "rtn"}))
+
+    shell = Shell({**reader.config, "quantization_config": config}, reader.outside())
+
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+    assert [name for name, module in shell.model.named_modules() if is_module_quantized(module)] == []
 
 
 @FUSED
@@ -272,3 +286,35 @@ def saved_of(shell, block, index):
     path = next(name for name, module in shell.model.named_modules() if module is block)
     state = {f"{path}.{name}": tensor.clone() for name, tensor in block.state_dict().items()}
     return revert_weight_conversion(shell.model, state)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "per_token", "per_windowed_token"),
+    [
+        ("lfm2_moe", 2 * 2 * 32, 0),  # convolutions in two of four blocks; 2 heads of 16, keys and values
+        ("kimi_linear", 2 * (64 + 16), 0),  # linear attention in two; the latent and its rotary part
+        ("deepseek_v32", 4 * (64 + 16 + 32), 0),  # the indexer has keys of its own
+        ("mimo_v2_flash", 2 * 2 * (32 + 16), 2 * 4 * (32 + 16)),  # twice the heads where a window slides
+    ],
+)
+def test_the_cache_counts_what_grows_with_the_text(folder, model_type, per_token, per_windowed_token):
+    inventory = take_inventory(read_checkpoint(FolderFiles(folder)))
+
+    cache = kv_cache_bytes(inventory, Cut(8), Serving(context_tokens=100, batch_size=3))
+
+    assert cache == 3 * 2 * (100 * per_token + 8 * per_windowed_token)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe"])
+def test_what_prepares_pictures_and_sound_travels_with_the_artifact(folder, model_type, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    files = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+    for name in files:
+        (source / name).write_text("{}")
+    writer = Writer(out, json.loads((folder / "config.json").read_text()))
+    writer.outside({"model.visual.pos_embed.weight": torch.ones(2, 2)})
+
+    writer.finish(source)
+
+    assert {name for name in files if (out / name).exists()} == set(files)
