@@ -181,7 +181,8 @@ class Run:
             router=Routers(self.reader.config),
         )
         candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
-        spelling = stock_layer_drop(self.architecture, self.reader.config) if self.plan.profile == "portable" else None
+        settings = self.architecture.settings(self.reader.config)
+        spelling = stock_layer_drop(self.architecture, settings) if self.plan.profile == "portable" else None
         return Choice(candidates, routing, prefix=spelling == "prefix")
 
     def compress_blocks(self) -> None:
@@ -208,8 +209,8 @@ class Run:
         """Return the width of the dense layers of zeros that stand for dropped MoE layers; None where nothing does."""
         if self.plan.profile != "portable" or not any(isinstance(step, LayerDrop) for step in self.steps):
             return None
-        config, parallel = self.reader.config, self.request.serving.tensor_parallel
-        return zero_dense_width(self.architecture, config, self.whole.blocks, tensor_parallel=parallel)
+        settings, parallel = self.architecture.settings(self.reader.config), self.request.serving.tensor_parallel
+        return zero_dense_width(self.architecture, settings, self.whole.blocks, tensor_parallel=parallel)
 
     def _write_blocks(self, writer: Writer, trimmed: TrimmedReader, config: dict[str, Any]) -> None:
         outside = trimmed.outside()

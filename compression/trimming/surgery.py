@@ -52,10 +52,10 @@ def cut_config(
     if not stays_whole:
         changes["num_hidden_layers"] = len(cuts.blocks)
         changes |= _per_layer_lists(config, architecture, cuts.blocks)
-    dense = set(dense_blocks(architecture, config))
+    dense = set(dense_blocks(architecture, settings))
     zeros = cuts.layers_dropped if zero_width is not None else frozenset[int]()
     if zeros or not stays_whole:
-        changes |= dense_spelling(architecture, config, cuts.blocks, dense | zeros)
+        changes |= dense_spelling(architecture, settings, cuts.blocks, dense | zeros)
     if zeros:
         assert not dense & set(cuts.blocks) or zero_width == settings[WIDTH_KEY], "all dense layers have one width"
         changes[WIDTH_KEY] = zero_width

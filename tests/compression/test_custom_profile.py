@@ -237,8 +237,8 @@ def test_families_say_how_they_spell_a_dropped_layer():
         "gpt_oss": None,
     }
     typed = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "dense"]}
-    assert stock_layer_drop(ARCHITECTURES["deepseek_v3"], typed) == "types"
-    assert dense_blocks(ARCHITECTURES["deepseek_v3"], typed) == {0, 2}
+    assert stock_layer_drop(ARCHITECTURES["glm4_moe_lite"], typed) == "types"
+    assert dense_blocks(ARCHITECTURES["glm4_moe_lite"], typed) == {0, 2}
 
 
 def test_a_family_with_a_prefix_of_dense_blocks_drops_no_layer_behind_one_that_stays(tiny_model_factory):
