@@ -30,11 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="steps, and any other field of a job's request")
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint to compress")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the artifact; new or empty")
+    parser.add_argument("--studies", type=Path, default=_studies(), metavar="FOLDER", help="where studies of models are kept")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     logging.basicConfig(level=os.environ.get("SLIMTRIM_LOG", "WARNING"))
     try:
-        report = run(given.recipe, given.model, given.out, console)
+        report = run(given.recipe, given.model, given.out, console, studies=given.studies)
     except SlimtrimError as error:
         console.print(f"[bold red]{error.code}[/]: {error.message}", highlight=False)
         return 1
@@ -47,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(recipe: Path, model: Path, out: Path, console: Console) -> Report:
+def _studies() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtrim" / "studies"
+
+
+def run(recipe: Path, model: Path, out: Path, console: Console, *, studies: Path | None = None) -> Report:
     """Read the recipe file and compress, drawing a progress bar on the console."""
     request = read_request(recipe, model)
     if out.exists() and any(out.iterdir()):
@@ -56,7 +61,7 @@ def run(recipe: Path, model: Path, out: Path, console: Console) -> Report:
     from compression.pipeline import compress  # torch takes seconds to load: not before the request is known to be sound
 
     with Bar(console) as bar:
-        return compress(request, model, out, bar)
+        return compress(request, model, out, bar, studies=studies)
 
 
 def read_request(recipe: Path, model: Path) -> Compression:

@@ -45,8 +45,7 @@ class Observer:
         self, architecture: Architecture, domains: tuple[str, ...], domain_N: Tensor, parts: Iterable[Part] = ("tokens",)
     ) -> None:
         """``domain_N``: index into ``domains`` of each sequence; ``parts``: what to gather, see ``study.py``."""
-        always: Part = "weights"
-        wanted = frozenset([*parts, always])
+        wanted = frozenset[Part]((*parts, "weights"))
         self.study = Study(domains=domains, parts=wanted)
         self._architecture = architecture
         self._domain_N = domain_N

@@ -283,7 +283,7 @@ class Run:
             ledger=ledger,
             verification=self.verification,
             study=self._study_note(),
-            analysis=analysis_tables(self.study) if self._asked_to_analyze() else None,
+            analysis=self._analysis(),
             calibration=None if self.calibration is None else _provenance(self.calibration),
             evaluation=_provenance(self.evaluation),
             seconds=self.seconds,
@@ -291,8 +291,10 @@ class Run:
             versions=_versions(self.device),
         )
 
-    def _asked_to_analyze(self) -> bool:
-        return self.study is not None and any(isinstance(step, Analyze) for step in self.steps)
+    def _analysis(self) -> dict[str, Any] | None:
+        if self.study is None or not any(isinstance(step, Analyze) for step in self.steps):
+            return None
+        return analysis_tables(self.study)
 
     def _study_note(self) -> StudyNote | None:
         if self.study is None:

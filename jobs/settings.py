@@ -118,6 +118,11 @@ class Settings(BaseSettings):
         """The folder for the scratch space of running attempts."""
         return self.data_dir.resolve() / "work"
 
+    @property
+    def studies_folder(self) -> Path:
+        """The folder in which workers keep their studies of models, for later jobs on the same."""
+        return self.data_dir.resolve() / "studies"
+
 
 def load_settings(**overrides: Any) -> Settings:
     """Return the settings of this environment, or raise ``SettingsRefused`` or ``NotAvailable`` with a way out."""

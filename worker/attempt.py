@@ -77,7 +77,8 @@ class Attempt:
         return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
 
     def _compress(self, workspace: Workspace, model: Path) -> dict[str, Any]:
-        work = {"request": self._request(), "model": str(model), "out": str(workspace.out)}
+        studies = self._room.settings.studies_folder
+        work = {"request": self._request(), "model": str(model), "out": str(workspace.out), "studies": str(studies)}
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace))
 
     def _request(self) -> dict[str, Any]:

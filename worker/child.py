@@ -65,7 +65,7 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     # The row's request has members that are the service's business, such as limits and labels.
     known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
     request = Compression.model_validate(known)
-    return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel))
+    return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]))
 
 
 def _entry(name: str) -> Callable[..., Any]:

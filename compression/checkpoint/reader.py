@@ -104,7 +104,7 @@ class Reader:
             digest = hashlib.sha256()
             for name in sorted(tensors):
                 digest.update(name.encode())
-                digest.update(memoryview(tensors[name].flatten().view(torch.uint8).numpy()))
+                digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
             self._digests[index] = digest.hexdigest()
         return tensors
 

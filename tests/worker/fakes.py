@@ -36,7 +36,7 @@ class FakeReport:
         return self._data
 
 
-def compress(request: Compression, model: Path, out: Path, listener: Listener) -> FakeReport:
+def compress(request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path) -> FakeReport:
     """Pretend to work on some blocks, then end as the request says."""
     assert isinstance(request.calibration.source, InlineText)
     plan = PLAN | json.loads(request.calibration.source.inline[0])
