@@ -166,7 +166,7 @@ def quantization_config(architecture: Architecture, step: Quantize, trimmed: Map
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
     ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.untouched)]
     formats = sorted({_format(scheme) for scheme in groups})
-    counts = (trimmed or {}).get("per_layer_num_experts")
+    counts = architecture.settings(trimmed).get("per_layer_num_experts") if trimmed is not None else None
     sparsity = {"moe_sparsity_config": {"method": "prune", "num_experts": list(counts)}} if counts else {}
     return {
         "quant_method": "compressed-tensors",

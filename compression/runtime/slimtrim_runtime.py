@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 SUFFIXES = (".compressed", ".bitmask", ".shape")
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMultimodalLM")
 _OURS = ("slimtrim", "auto_map", "transformers_weights")
 
 
@@ -61,16 +62,14 @@ def declared(section: Mapping[str, Any]) -> dict[str, Any]:
     way_out = f"trust_remote_code=True, or open_model of {Path(__file__).name}, which lies beside it"
     return {
         "slimtrim": dict(section),
-        "auto_map": {"AutoModelForCausalLM": f"slimtrim_runtime.{SlimtrimForCausalLM.__name__}"},
+        "auto_map": dict.fromkeys(_AUTO_CLASSES, f"slimtrim_runtime.{SlimtrimForCausalLM.__name__}"),
         "transformers_weights": f"none that the stock loader reads: open this model with {way_out}",
     }
 
 
 def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contents of a config.json without what is not meant for stock classes."""
-    # Stock classes read per_layer_config, and then refuse to build a model whose blocks differ in their experts.
-    ours = (*_OURS, "per_layer_config") if "slimtrim" in config else _OURS
-    return {key: value for key, value in config.items() if key not in ours}
+    return {key: value for key, value in config.items() if key not in _OURS}
 
 
 def open_model(folder: str | Path, **settings: Any) -> Any:
@@ -90,7 +89,7 @@ def open_model(folder: str | Path, **settings: Any) -> Any:
 
 
 class SlimtrimForCausalLM:
-    """What ``AutoModelForCausalLM`` finds in this file: it opens models, and is the class of none."""
+    """What stock auto classes find in this file: it opens models, and is the class of none."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> Any:
@@ -114,16 +113,20 @@ def shape_(model: Any, section: Mapping[str, Any]) -> None:
     """Bring a stock model, built on ``meta`` or new, into the shape that config.json describes under ``"slimtrim"``."""
     if "experts" not in section:
         return
-    blocks, config = model.get_decoder().layers, model.config.get_text_config(decoder=True)
+    language_model = model.get_submodule(section["language_model"])
+    blocks, config = language_model.get_decoder().layers, language_model.config.get_text_config(decoder=True)
     for index, (count, beta) in enumerate(zip(section["experts"], section["skip"], strict=True)):
         if count is None:
             continue
         if count == -1:
             _replace_(blocks[index], section["layer"], _Nothing(section["layer_returns"]))
             _replace_(blocks[index], section["norm"], nn.Identity())
+            for shared in section["beside"]:
+                _replace_(blocks[index], shared, _Nothing(1))
         elif count == 0:
             _replace_(blocks[index], section["experts_module"], _Nothing(1))
             _replace_(blocks[index], section["router"], _NoRouter())
+            _disown_(blocks[index].get_submodule(section["layer"]))
         else:
             blocks[index] = with_experts(count, model, blocks[index], index, config, section)
         if beta is not None:
@@ -229,6 +232,10 @@ class _Nothing(nn.Module):
 class _NoRouter(nn.Module):
     """Stands where a router was, and chooses none of no experts."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.empty(0)  # no parameter: for stock initialisers, which reach for it
+
     def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         none_T0 = x.new_zeros(x.shape[:-1].numel(), 0)
         return none_T0, none_T0, none_T0.long()
@@ -237,6 +244,14 @@ class _NoRouter(nn.Module):
 def _replace_(block: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, module)
+
+
+def _disown_(layer: Any) -> None:
+    """Take away the tensors that a layer holds on its router's behalf: corrections of what it thinks of each expert."""
+    for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        delattr(layer, name)
+        layer.register_buffer(name, tensor.detach().new_zeros(0), persistent=False)
+    layer._is_hf_initialized = True  # stock initialisers would reach for experts that are not there
 
 
 def with_experts(count: int, model: Any, block: Any, index: int, config: Any, section: Mapping[str, Any]) -> Any:
@@ -265,7 +280,7 @@ def with_experts(count: int, model: Any, block: Any, index: int, config: Any, se
 
 def _stock_class(config: Any) -> Any:
     """Return the stock class of a model: with all its towers, where it has several."""
-    towers = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    towers = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and config.get_text_config(decoder=True) is not config
     return (MODEL_FOR_MULTIMODAL_LM_MAPPING if towers else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
 
 
@@ -275,8 +290,6 @@ def _taken_apart(config: Any) -> tuple[Any, dict[str, Any]]:
     section: dict[str, Any] = getattr(config, "slimtrim", {})
     for key in _OURS:
         vars(config).pop(key, None)
-    if section:
-        config.per_layer_config = None  # with it, stock classes refuse to be built
     return config, section
 
 

@@ -1,8 +1,8 @@
 """What config.json says of the experts that are left: one number where one is true, else each block's own.
 
 Stock classes know one expert count for all blocks. Where blocks differ, have lost a layer or skip experts, the section
-``"slimtrim"`` says so to the loader that ships in the artifact (``runtime/slimtrim_runtime.py``), and the keys that other
-projects have proposed say it to whoever reads them.
+``"slimtrim"`` says so to the loader that ships in the artifact (``runtime/slimtrim_runtime.py``), and a key that another
+project has proposed says it to whoever reads that.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 from compression.architectures import EXPERT_COUNT_SPELLINGS, Architecture, expert_count
 from compression.runtime.slimtrim_runtime import declared
 from compression.trimming import Cuts
-
-_PER_LAYER = ("per_layer_num_experts", "per_layer_config")
 
 
 def expert_entries(
@@ -36,7 +34,7 @@ def expert_entries(
     if any(0 <= count < before for count in mixtures):
         entries["pruned_from_num_experts"] = settings.get("pruned_from_num_experts", before)
     if set(mixtures) != {one}:
-        entries |= _per_layer(counts, one, architecture.expert_count_keys)
+        entries["per_layer_num_experts"] = [None if count is None else max(count, 0) for count in counts]
     skip = [cuts.skip.get(block) for block in cuts.blocks]
     if set(mixtures) == {one} and not any(beta is not None for beta in skip):
         return entries, {}
@@ -45,11 +43,11 @@ def expert_entries(
 
 def cut_entries(config: Mapping[str, Any], window: Sequence[int]) -> dict[str, Any]:
     """Return an artifact's config.json with what it says block by block about experts cut to a window of its blocks."""
-    after = {key: value for key, value in config.items() if key not in _PER_LAYER}
     section = config.get("slimtrim", {})
-    if "experts" in section:
-        after["slimtrim"] = {**section, **{key: [section[key][block] for block in window] for key in ("experts", "skip")}}
-    return after
+    if "experts" not in section:
+        return dict(config)
+    lists = {key: [section[key][block] for block in window] for key in ("experts", "skip")}
+    return {**config, "slimtrim": {**section, **lists}}
 
 
 def _count(cuts: Cuts, block: int, *, layers_are_dense: bool) -> int | None:
@@ -59,19 +57,15 @@ def _count(cuts: Cuts, block: int, *, layers_are_dense: bool) -> int | None:
     return None if kept is None else len(kept)
 
 
-def _per_layer(counts: Sequence[int | None], one: int, keys: Sequence[str]) -> dict[str, Any]:
-    left = [None if count is None else max(count, 0) for count in counts]
-    others = {str(place): dict.fromkeys(keys, count) for place, count in enumerate(left) if count not in (None, one)}
-    return {"per_layer_num_experts": left, "per_layer_config": others}
-
-
 def family_facts(architecture: Architecture) -> dict[str, Any]:
     """Return what a loader must know of a family to give its blocks another shape."""
     return {
+        "language_model": architecture.running_language_model,
         "layer": architecture.running_moe,
         "experts_module": architecture.running_experts,
         "router": architecture.running_router,
         "norm": architecture.feed_forward_norm,
+        "beside": list(architecture.shared_beside),
         "count_keys": list(architecture.expert_count_keys),
         "top_k_key": architecture.top_k_key,
         "layer_returns": architecture.layer_returns,

@@ -24,7 +24,7 @@ IDS_NS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(
 def whole_cuts(source: Path) -> Cuts:
     """Return the cuts that leave everything."""
     reader = Reader(source)
-    architecture, count = find_architecture(reader.config), reader.config["num_hidden_layers"]
+    architecture, count = find_architecture(reader.config), find_architecture(reader.config).block_count(reader.config)
     routers = {block: reader.checkpoint.tensors.get(architecture.router_name(block)) for block in range(count)}
     return Cuts(tuple(range(count)), {b: tuple(range(router.shape[0])) for b, router in routers.items() if router is not None})
 
