@@ -25,7 +25,7 @@ import torch
 from compressed_tensors.compressors import decompress_module
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
@@ -33,8 +33,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
+from compression.architectures import Architecture, find_architecture
 from compression.errors import BrokenCheckpoint
-from compression.runtime.slimtrim_runtime import CannotUnpack, with_weights
+from compression.runtime.slimtrim_runtime import CannotUnpack, shape_, stock_settings, with_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -71,21 +72,25 @@ class Shell:
         self.device = torch.device(device)
         self.dtype = dtype_of(config)
         self._config = stock_config(config)
+        row = find_architecture(config)
         self._quantizer = None
         if getattr(self._config, "quantization_config", None) is not None:
             self._quantizer = self._make_quantizer()
             _share(self._quantizer)
         with torch.device("meta"), quiet():
-            stock: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
-            self.model: PreTrainedModel = stock._from_config(self._config, dtype=self.dtype).eval()
+            self.model: PreTrainedModel = stock_class(config)._from_config(self._config, dtype=self.dtype).eval()
+            shape_(self.model, config.get("slimtrim", {}))
             if self._quantizer is not None:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
                 )
+                self.model.config._is_quantized = True  # which from_pretrained notes too, and some families compute by
                 # The stock hook unpacks the whole model at its first forward; here every block is unpacked alone.
                 if hasattr(self._quantizer, "compressor"):
                     self._quantizer.compressor.remove_decompression_hook(self.model)
-        self.blocks = cast(nn.ModuleList, self.model.get_decoder().layers)
+        self.language_model = language_model(row, self.model)
+        self._has_towers = bool(row.text_config)
+        self.blocks = cast(nn.ModuleList, self.language_model.get_decoder().layers)
         self._path = next(name for name, module in self.model.named_modules() if module is self.blocks)
 
     def _make_quantizer(self) -> Any:
@@ -121,10 +126,13 @@ class Shell:
 
             return forward
 
+        inputs = {"input_ids": ids_BS.to(self.device), "attention_mask": _to(attention_mask_BS, self.device)}
         with self._replaced_forwards(recorder):
-            self.model.get_decoder()(
-                input_ids=ids_BS.to(self.device), attention_mask=_to(attention_mask_BS, self.device), use_cache=False
-            )
+            if self._has_towers:  # only the whole knows where text stands among pictures and sound
+                with _silenced(self.language_model.get_output_embeddings()):
+                    self.language_model(**inputs, use_cache=False)
+            else:
+                self.model.get_decoder()(**inputs, use_cache=False)
         return Recording(first[0], tuple(cast(list[Call], calls)))
 
     def convert_(self, dtype: torch.dtype) -> None:
@@ -140,7 +148,7 @@ class Shell:
             return lambda hidden, *args, **kwargs: hidden_BSD.to(self.device) if index == last else hidden
 
         with self._replaced_forwards(stub):
-            return self.model(input_ids=ids_BS.to(self.device), use_cache=False).logits
+            return self.language_model(input_ids=ids_BS.to(self.device), use_cache=False).logits
 
     @contextmanager
     def _replaced_forwards(self, make: Callable[[int], Callable[..., Tensor]]) -> Generator[None]:
@@ -226,9 +234,29 @@ class Unpacker(Shell):
         return even
 
 
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Return the stock model of a config.json on ``meta``."""
+    with torch.device("meta"), quiet():
+        return stock_class(config)._from_config(stock_config(config), dtype=dtype).eval()
+
+
 def stock_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return the stock config object for the contents of a config.json."""
-    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+    decoded = PretrainedConfig._decode_special_floats(
+        deepcopy(stock_settings(config))
+    )  # JSON has no infinity; stock writes a tag
+    return CONFIG_MAPPING[config["model_type"]].from_dict(decoded)
+
+
+def stock_class(config: Mapping[str, Any]) -> Any:
+    """Return the stock class that opens a model with this config.json: with all its towers, where it has several."""
+    auto: Any = AutoModelForMultimodalLM if find_architecture(config).text_config else AutoModelForCausalLM
+    return auto._model_mapping[type(stock_config(config))]
+
+
+def language_model(architecture: Architecture, model: Any) -> Any:
+    """Return the part of a stock model that makes logits of tokens."""
+    return model.get_submodule(architecture.running_language_model)
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
@@ -264,6 +292,16 @@ def _unpack(block: nn.Module) -> None:
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
+
+
+@contextmanager
+def _silenced(head: nn.Module) -> Generator[None]:
+    # Nobody wants the logits, and they would be most of the work.
+    head.forward = lambda hidden_BSD: hidden_BSD[:, :1]
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compression.architectures import Architecture
 from compression.errors import NonFiniteWeights
-from compression.moe import MoELayer, Routed, by_expert, moe_layer
+from compression.moe import MoELayer, Routed, attention_module, by_expert, moe_layer
 from compression.slimming.hessian import Statistic
 from compression.sweep import Stream
 
@@ -55,7 +55,7 @@ class RoutedTokens:
         ids_TK = torch.cat([call.ids_TK.cpu() for call in calls])
         weights_TK = torch.cat([call.weights_TK.cpu().float() for call in calls])
         experts = probability_TE.shape[1]
-        self.own_E = torch.bincount(ids_TK.flatten(), minlength=experts)
+        self.own_E = torch.bincount(ids_TK.flatten(), minlength=experts)[:experts]
         """Tokens that the router sent to each expert."""
         own = {expert: (tokens, weights_TK[tokens, places]) for expert, tokens, places in by_expert(ids_TK, experts)}
         nobody = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -127,7 +127,7 @@ def collect(
         if advance:
             stream.push(index, block)
         else:
-            stack.enter_context(stream.remembered(block.get_submodule("self_attn")))
+            stack.enter_context(stream.remembered(attention_module(architecture, block)))
             for _ in stream.peek(index, block):
                 pass
     for name, statistic in statistics.items():

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from compression.architectures import Architecture
 from compression.block import Shell
-from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.checkpoint.writer import Writer
 from compression.memory import give_back
+from compression.moe import attention_module
 from compression.report import LedgerRow
 from compression.slim import Slimming, slim_
 from compression.sweep import OnBlock, Stream
-from compression.trimming import Cuts
-from compression.trimming.surgery import cut_block
+from compression.trimming.view import TrimmedReader
 
 
 @dataclass
@@ -32,7 +31,6 @@ class Compressor:
     """Everything that stays the same from block to block."""
 
     architecture: Architecture
-    cuts: Cuts
     slimming: Slimming
     trimmed: Shell
     """The trimmed model before slimming: what is calibrated."""
@@ -43,21 +41,19 @@ class Compressor:
     """None where no method needs to know what enters a weight."""
     witness: Stream
 
-    def run(self, reader: Reader, on_block: OnBlock) -> list[LedgerRow]:
+    def run(self, trimmed: TrimmedReader, on_block: OnBlock) -> list[LedgerRow]:
         """Write every kept block; leave the witness behind the artifact's last one. Returns a row per weight changed."""
         ledger: list[LedgerRow] = []
-        blocks = len(self.cuts.blocks)
-        for index, source in enumerate(self.cuts.blocks):
-            saved = reader.block(source)
-            refuse_non_finite(saved)
-            saved = cut_block(saved, self.architecture, source=source, index=index, experts=self.cuts.experts.get(source))
+        blocks = len(trimmed)
+        for index in range(blocks):
+            saved = trimmed.block(index)
             if self.slimming.steps:
                 ledger += self._slim_(saved, index)
             self.writer.block(index, saved)
             self._advance(saved, index, is_last=index + 1 == blocks)
             del saved  # or the next block is read while this one is still held
             give_back()
-            on_block(index + 1, blocks, f"block {source} is finished ({index + 1} of {blocks})")
+            on_block(index + 1, blocks, f"block {trimmed.source(index)} is finished ({index + 1} of {blocks})")
         return ledger
 
     def _slim_(self, saved: dict[str, Tensor], index: int) -> list[LedgerRow]:
@@ -74,5 +70,5 @@ class Compressor:
                 # Unless it was slimmed too, attention answers what it did when the block was calibrated.
                 with ExitStack() as stack:
                     if self.slimming.treatment("attention") is None:
-                        stack.enter_context(self.calibration.repeated(block.get_submodule("self_attn")))
+                        stack.enter_context(self.calibration.repeated(attention_module(self.architecture, block)))
                     self.calibration.push(index, block)

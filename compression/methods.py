@@ -5,20 +5,22 @@ Shapes: E experts, O outputs, I inputs, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compression.recipe import Analyze, BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Prune, parse_pattern
+from compression.architectures import Architecture
+from compression.recipe import Analyze, AnyStep, BlockDrop, ExpertDrop, ExpertMerge, ExpertSkip, LayerDrop, Prune, parse_pattern
 from compression.slimming import awq, gptq, magnitude, rtn, sparsegpt, wanda
 from compression.slimming.grid import AnyGrid, Quantized
 from compression.slimming.hessian import Gram, InputNorm, Statistic
 from compression.slimming.masks import NOfM, Pattern, Unstructured
 from compression.study import Part, Study
 from compression.trimming import Cuts, Routing, block_drop, expert_drop, expert_merge, expert_skip, layer_drop
+from compression.trimming.view import Merge
 
 Needs = Literal["nothing", "input_norm", "gram"]
 """What a method must know of a weight's inputs, least first."""
@@ -153,3 +155,29 @@ def parts_for(steps: Iterable[object]) -> frozenset[Part]:
             case _:
                 pass
     return frozenset(parts)
+
+
+def merger(architecture: Architecture, cuts: Cuts, study: Study | None) -> Merge | None:
+    """Return what folds experts into others in a source block's tensors, as the cuts say; None where they say nothing."""
+    if not cuts.merged:
+        return None
+    assert study is not None, "merging went by a study"
+
+    def merge(saved: Mapping[str, Tensor], block: int) -> Mapping[str, Tensor]:
+        if block not in cuts.merged:
+            return saved
+        saliency_E = expert_drop.reap(study.experts[block])
+        return expert_merge.merge_block(saved, architecture, block, cuts.merged[block], saliency_E)
+
+    return merge
+
+
+def at_random(step: AnyStep, seed: int) -> AnyStep:
+    """Return the step as it is but for experts, which are drawn by lot; as many are left."""
+    match step:
+        case ExpertDrop():
+            return step.model_copy(update={"criterion": "random", "seed": seed})
+        case ExpertMerge():
+            return ExpertDrop(criterion="random", experts_kept=step.experts_kept, seed=seed)
+        case _:
+            return step

@@ -126,10 +126,16 @@ def moe_layer(architecture: Architecture, block: nn.Module) -> MoELayer | None:
     return MoELayer(module) if module is not None and hasattr(module, "down_proj") else None
 
 
+def attention_module(architecture: Architecture, block: nn.Module) -> nn.Module:
+    """Return the module of a live block that mixes tokens: attention, or what stands in for it."""
+    names = [name for module in architecture.attention for name in architecture.names_of(module)]
+    return block.get_submodule(next(name for name in names if hasattr(block, name)))
+
+
 def by_expert(ids_TK: Tensor, count: int) -> Generator[tuple[int, Tensor, Tensor]]:
     """Yield each expert that was chosen, the tokens that chose it, and in which of the K places."""
     order = ids_TK.flatten().argsort(stable=True)
-    counts = torch.bincount(ids_TK.flatten(), minlength=count).tolist()
+    counts = torch.bincount(ids_TK.flatten(), minlength=count).tolist()[:count]  # skipped experts bear the id after the last
     start = 0
     for expert, size in enumerate(counts):
         if size:

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from compression.analysis.likeness import likeness
 from compression.architectures import Architecture
+from compression.block import Shell
+from compression.checkpoint.reader import Reader
 from compression.collect import probability
+from compression.memory import give_back
 from compression.moe import MoELayer, Outputs, Routed, moe_layer
 from compression.study import RATIO_BINS, ExpertStatistics, Part, Sample, Study
-from compression.sweep import Stream
+from compression.sweep import OnBlock, Stream
 from compression.trials import trial_errors
 
 SAMPLED_TOKENS = 2048
@@ -42,8 +45,9 @@ class Observer:
         self, architecture: Architecture, domains: tuple[str, ...], domain_N: Tensor, parts: Iterable[Part] = ("tokens",)
     ) -> None:
         """``domain_N``: index into ``domains`` of each sequence; ``parts``: what to gather, see ``study.py``."""
-        wanted = frozenset(parts)
-        self.study = Study(domains=domains, parts=wanted, seconds=dict.fromkeys(sorted(wanted), 0.0))
+        always: Part = "weights"
+        wanted = frozenset([*parts, always])
+        self.study = Study(domains=domains, parts=wanted)
         self._architecture = architecture
         self._domain_N = domain_N
         self._spans = _Spans(len(domains))
@@ -87,6 +91,17 @@ class Observer:
         start = time.perf_counter()
         yield
         self.study.seconds[part] = self.study.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def weigh(shell: Shell, reader: Reader, architecture: Architecture, on_block: OnBlock) -> Study:
+    """Return a study of the weights alone: no token, no activation."""
+    observer = Observer(architecture, ("text",), torch.zeros(1, dtype=torch.int64), ("weights",))
+    for index in range(len(shell.blocks)):
+        with shell.live(index, reader.block(index)) as block:
+            observer.weigh(index, block)
+        give_back()
+        on_block(index + 1, len(shell.blocks), f"weighed block {index + 1} of {len(shell.blocks)}")
+    return observer.study
 
 
 class _Watch:
@@ -154,8 +169,8 @@ class _Watch:
 
     def _add(self, into: ExpertStatistics, domain_T: Tensor, routed: Routed, outputs: Outputs) -> None:
         experts, used = into.count_ME.shape[1], routed.ids_TK.shape[1]
-        norm_P = torch.linalg.vector_norm(outputs.value_PD, dim=1, dtype=torch.float32)
-        weight_P = routed.weights_TK.flatten()[outputs.order_P].float()
+        norm_P = _norm(outputs.value_PD)
+        weight_P = routed.weights_TK.flatten()[outputs.order_P].to(norm_P.dtype)
         weighted_P = weight_P * norm_P
         expert_P = torch.repeat_interleave(torch.arange(experts, device=norm_P.device), outputs.count_E)
         slot_P = domain_T[outputs.token_P] * experts + expert_P
@@ -168,15 +183,18 @@ class _Watch:
             into.weighted_square_ME: weighted_P.double().square(),
         }
         for total_ME, value_P in sums.items():
-            total_ME += torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device).index_add_(
-                0, slot_P, value_P.double()
-            ).view(total_ME.shape).cpu()
+            total_ME += (
+                torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device)
+                .index_add_(0, slot_P, value_P.double())
+                .view(total_ME.shape)
+                .cpu()
+            )
         weighted_TK = torch.empty_like(weighted_P).index_copy_(0, outputs.order_P, weighted_P).view(-1, used)
         norm_TK = torch.empty_like(norm_P).index_copy_(0, outputs.order_P, norm_P).view(-1, used)
         for domain in domain_T.unique().tolist():
             rows_T = (domain_T == domain).nonzero().flatten()
             whole = len(rows_T) == len(domain_T)
-            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])  # noqa: E731
+            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])
             into.probability_ME[domain] += pick(self._probability_TE).sum(0, dtype=torch.float64).cpu()
             ids_TK = pick(routed.ids_TK)
             chosen_TE = norm_P.new_zeros(len(ids_TK), experts)
@@ -189,7 +207,7 @@ class _Watch:
                 if not whole:
                     value_PD = value_PD[domain_T[tokens] == domain]
                 if len(value_PD):
-                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=torch.float32).double().cpu()
+                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=norm_P.dtype).double().cpu()
                     into.largest_ME[domain, expert] = max(
                         float(into.largest_ME[domain, expert]), float(value_PD.max()), -float(value_PD.min())
                     )
@@ -204,9 +222,10 @@ class _Watch:
         size = max(1, _OUTPUT_NUMBERS // (layer.count * x_SD.shape[1]))
         grams: list[Tensor] = []
         for some_SD in x_SD.split(size):
-            output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1).float()
+            output_SED = torch.stack([layer.output(expert, some_SD) for expert in range(layer.count)], dim=1)
+            output_SED = output_SED.to(torch.promote_types(output_SED.dtype, torch.float32))
             grams.append(torch.bmm(output_SED, output_SED.mT).cpu())
-        return Sample(domain_S.cpu(), logits_SE.float().cpu(), weights_SE.cpu(), torch.cat(grams), self._router)
+        return Sample(domain_S.cpu(), logits_SE.cpu(), weights_SE.cpu(), torch.cat(grams), self._router)
 
     def _by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
         total_M = torch.zeros(self._count, dtype=torch.float64, device=value_T.device)
@@ -259,7 +278,9 @@ def _held_by(router: nn.Module, args: tuple[Any, ...], experts: int) -> dict[str
     """Return what a router has for each expert beside its logits: buffers, and tensors that it is called with."""
     # A bias of the logits is a parameter, and the logits have it already; what only sways the choice is a buffer.
     held = {name: value for name, value in router.named_buffers() if value.shape == (experts,)}
-    held |= {f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)}
+    held |= {
+        f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)
+    }
     return {name: value.detach().float().cpu().clone() for name, value in held.items()}
 
 
@@ -292,10 +313,14 @@ def _spread(stream: Stream, wanted: int) -> list[Tensor]:
 
 def _cosine(a_TD: Tensor, b_TD: Tensor) -> Tensor:
     # In one precision and one pass each; the product is rescaled in float64, where small norms do not underflow.
-    product_T = torch.linalg.vecdot(a_TD.float(), b_TD.float()).double()
-    norms_T = torch.linalg.vector_norm(a_TD, dim=1, dtype=torch.float32).double()
-    norms_T = norms_T * torch.linalg.vector_norm(b_TD, dim=1, dtype=torch.float32).double()
+    dtype = torch.promote_types(a_TD.dtype, torch.float32)
+    product_T = torch.linalg.vecdot(a_TD.to(dtype), b_TD.to(dtype)).double()
+    norms_T = _norm(a_TD).double() * _norm(b_TD).double()
     return product_T / norms_T.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _norm(value_TD: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value_TD, dim=1, dtype=torch.promote_types(value_TD.dtype, torch.float32))
 
 
 def _gram(value_TE: Tensor) -> Tensor:

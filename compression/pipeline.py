@@ -16,10 +16,11 @@ import psutil
 import torch
 import transformers
 
+from compression.analysis.tables import analysis_tables
 from compression.architectures import Architecture, find_architecture
-from compression.block import Shell
+from compression.block import Shell, dtype_of
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
-from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.reader import Reader
 from compression.checkpoint.source import open_source
 from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
 from compression.compress import Compressor
@@ -27,32 +28,47 @@ from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
 from compression.evaluation.verification import verify
 from compression.memory import bound_kernel_caches
-from compression.methods import choose_cuts
+from compression.methods import Choice, at_random, choose_cuts, merger, parts_for
+from compression.observer import Observer, weigh
 from compression.plan import Plan, make_plan
+from compression.planner.inventory import take_inventory
+from compression.planner.resolve import least_experts
 from compression.planner.sizes import packed_pattern
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import AnyStep, BlockDrop, Compression, ExpertDrop, Prune, Quantize, Recipe
-from compression.report import BlockRow, LedgerRow, Quality, Report, Verification, model_card, worst_first
+from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
+from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first
 from compression.slim import Slimming
-from compression.study import Observer, Study
+from compression.study import Study
+from compression.study_store import StudyStore
 from compression.sweep import Stream, sweep, working_dtype
-from compression.trimming import Cuts
-from compression.trimming.surgery import cut_config
+from compression.trimming import Cuts, Routing
+from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
+from compression.trimming.routers import Routers
+from compression.trimming.view import TrimmedReader
 
+_LOTS_SEED = 0
 _WITNESS_TOKENS = 512
 """Tokens that the artifact must compute, opened again, as it did when it was made."""
 
 
 def compress(
-    request: Compression, model: Path, out: Path, listener: Listener | None = None, *, host_memory: int | None = None
+    request: Compression,
+    model: Path,
+    out: Path,
+    listener: Listener | None = None,
+    *,
+    host_memory: int | None = None,
+    studies: Path | None = None,
 ) -> Report:
     """Compress the checkpoint in folder ``model`` into folder ``out`` as the request asks, and report what was lost.
 
-    ``host_memory``: bytes that this run may plan with; what is free when it is not given.
+    ``host_memory``: bytes that this run may plan with; what is free when it is not given. ``studies``: folder in which studies
+    are kept and found again; without one, every run looks at the untouched model anew.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()
-    run = Run(request, open_source(model, _device()), out, listener or Silent(), host_memory or psutil.virtual_memory().available)
+    memory = host_memory or psutil.virtual_memory().available
+    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies)
     with run.stage("planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
@@ -81,7 +97,9 @@ class Run:
     host_memory: int
     device: torch.device = field(default_factory=lambda: _device())
     seconds: dict[str, float] = field(default_factory=dict)
+    studies: Path | None = None
     study: Study | None = None
+    study_reused: bool = False
 
     def __post_init__(self) -> None:
         self.architecture: Architecture = find_architecture(self.reader.config)
@@ -101,7 +119,7 @@ class Run:
         self.plan: Plan = make_plan(self.request, self.reader.checkpoint)
         self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": self.plan.steps}).steps
         self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
-        self.trims = tuple(step for step in self.steps if isinstance(step, ExpertDrop | BlockDrop))
+        self.parts = parts_for(self.steps)
         self.slimming = Slimming(
             next((step for step in self.steps if isinstance(step, Prune)), None),
             self.quantize,
@@ -109,7 +127,7 @@ class Run:
         )
         settings = self.request.calibration
         folder = self.reader.folder
-        needed = bool(self.trims) or self.slimming.needs != "nothing"
+        needed = bool(self.parts - {"weights"}) or self.slimming.needs != "nothing"
         self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
         length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
         self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
@@ -123,62 +141,109 @@ class Run:
             self.progress.warn(warning["code"], warning["message"])
 
     def study_and_choose(self) -> None:
-        """Look at the untouched model once, and decide what goes."""
-        config = self.reader.config
-        everything = range(self.architecture.block_count(config))
-        mixtures = [b for b in everything if self.architecture.router_name(b) in self.reader.dense.tensors]
+        """Look at the untouched model once, unless that was done before, and decide what goes."""
+        blocks = range(self.architecture.block_count(self.reader.config))
+        mixtures = [b for b in blocks if self.architecture.router_name(b) in self.reader.dense.tensors]
         experts = {b: self.reader.dense.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
-        whole = Cuts(tuple(everything), {b: tuple(range(experts[b])) for b in mixtures})
-        if self.trims:
-            assert self.calibration is not None
-            norms = any(isinstance(step, ExpertDrop) and step.criterion == "reap" for step in self.trims)
-            observer = Observer(self.architecture, self.calibration.domain_N, output_norms=norms)
-            shell = Shell(config, self.reader.outside(), self.device)
-            stream = Stream(shell, self.calibration.ids_NS, dtype=working_dtype(self.device, shell.dtype))
-            sweep(shell, self.reader, stream, observer, self.progress.block)
-            self.study = observer.study
+        self.whole = Cuts(tuple(blocks), {b: tuple(range(experts[b])) for b in mixtures})
+        if self.parts:
+            self.study = self._found_study() or self._new_study()
+        self.choice = self._choice()
+        self.cuts = choose_cuts(self.steps, self.study, self.whole, self.choice)
+
+    def _found_study(self) -> Study | None:
+        if self.studies is None or self.calibration is None:
+            return None
+        dtype = working_dtype(self.device, dtype_of(self.architecture.settings(self.reader.config)))
+        found = StudyStore(self.studies).find(self.reader, self.calibration.content_hash, self.parts, dtype)
+        self.study_reused = found is not None
+        return found
+
+    def _new_study(self) -> Study:
+        shell = Shell(self.reader.config, self.reader.outside(), self.device)
+        if self.calibration is None or self.parts == {"weights"}:
+            return weigh(shell, self.reader, self.architecture, self.progress.block)
+        self.reader.hashing = self.studies is not None
+        calibration, dtype = self.calibration, working_dtype(self.device, shell.dtype)
+        observer = Observer(self.architecture, calibration.domains, calibration.domain_N, self.parts)
+        sweep(shell, self.reader, Stream(shell, calibration.ids_NS, dtype=dtype), observer, self.progress.block)
+        if self.studies is not None:
+            StudyStore(self.studies).keep(observer.study, self.reader, calibration.content_hash, dtype)
+        return observer.study
+
+    def _choice(self) -> Choice:
+        inventory = take_inventory(self.reader.checkpoint)
+        routing = Routing(
+            experts=inventory.experts,
+            top_k=inventory.top_k,
+            groups=inventory.groups,
+            least_per_group=least_experts(inventory) // inventory.groups,
+            router=Routers(self.reader.config),
+        )
         candidates = frozenset(row.index for row in self.plan.blocks if row.action == "keep_or_drop")
-        settings = self.architecture.settings(config)
-        groups = int(settings.get(self.architecture.group_keys[0]) or 1) if self.architecture.group_keys else 1
-        self.whole, self.cuts = whole, choose_cuts(self.trims, self.study, whole, candidates=candidates, groups=groups)
+        spelling = stock_layer_drop(self.architecture, self.reader.config) if self.plan.profile == "portable" else None
+        return Choice(candidates, routing, prefix=spelling == "prefix")
 
     def compress_blocks(self) -> None:
         """Write the artifact, block by block, and check it against the plan."""
-        kept = next(iter(self.cuts.experts.values()), None)
-        trimmed_config = cut_config(self.reader.config, self.architecture, self.cuts, experts=len(kept) if kept else None)
-        config = dict(trimmed_config)
+        trimmed = self._trimmed(self.cuts)
+        config = dict(trimmed.config)
         if self.quantize is not None:
-            config["quantization_config"] = quantization_config(self.architecture, self.quantize)
+            config["quantization_config"] = quantization_config(self.architecture, self.quantize, trimmed.config)
         if self.slimming.packed is not None:
-            config |= sparse_config(self.slimming.packed)
+            config |= sparse_config(self.slimming.packed, trimmed.config)
         writer = Writer(self.out, config)
         try:
-            self._write_blocks(writer, trimmed_config, config)
+            self._write_blocks(writer, trimmed, config)
             writer.finish(self.reader.folder)
         finally:
             writer.close()
         self.bytes_after = writer.bytes
 
-    def _write_blocks(self, writer: Writer, trimmed_config: dict[str, Any], config: dict[str, Any]) -> None:
-        outside = self.reader.outside()
-        refuse_non_finite(outside)
+    def _trimmed(self, cuts: Cuts) -> TrimmedReader:
+        merge = merger(self.architecture, cuts, self.study)
+        return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self._zero_width(), merge=merge)
+
+    def _zero_width(self) -> int | None:
+        """Return the width of the dense layers of zeros that stand for dropped MoE layers; None where nothing does."""
+        if self.plan.profile != "portable" or not any(isinstance(step, LayerDrop) for step in self.steps):
+            return None
+        config, parallel = self.reader.config, self.request.serving.tensor_parallel
+        return zero_dense_width(self.architecture, config, self.whole.blocks, tensor_parallel=parallel)
+
+    def _write_blocks(self, writer: Writer, trimmed: TrimmedReader, config: dict[str, Any]) -> None:
+        outside = trimmed.outside()
         writer.outside(outside)
-        trimmed = Shell(trimmed_config, outside, self.device)
-        artifact = trimmed if config == trimmed_config else Shell(config, outside, self.device)
+        shell = Shell(trimmed.config, outside, self.device)
+        artifact = shell if config == trimmed.config else Shell(config, outside, self.device)
         calibration = None
         if self.calibration is not None and self.slimming.needs != "nothing":
             calibration = Stream(artifact, self.calibration.ids_NS, dtype=working_dtype(self.device, artifact.dtype))
         witness_NS = (self.calibration or self.evaluation).ids_NS[:1, :_WITNESS_TOKENS]
         witness = Stream(artifact, witness_NS)
-        compressor = Compressor(self.architecture, self.cuts, self.slimming, trimmed, artifact, writer, calibration, witness)
-        self.ledger: list[LedgerRow] = compressor.run(self.reader, self.progress.block)
+        compressor = Compressor(self.architecture, self.slimming, shell, artifact, writer, calibration, witness)
+        self.ledger: list[LedgerRow] = compressor.run(trimmed, self.progress.block)
         self.ids_BS, self.logits_BSV = witness.ids[0], next(witness.logits(artifact))
 
     def evaluate(self) -> None:
-        """Measure original and artifact on held-out text."""
+        """Measure original and artifact on held-out text, and beside them what lots would have kept."""
+        lots = self._drawn_by_lot()
         self.quality: Quality = measure(
-            self.reader.folder, self.out, self.evaluation.ids_NS, device=self.device, on_block=self.progress.block
+            open_source(self.reader.folder, self.device),
+            Reader(self.out),
+            self.evaluation.ids_NS,
+            device=self.device,
+            on_block=self.progress.block,
+            lots=None if lots is None else (self._trimmed(lots), _LOTS_SEED),
         )
+
+    def _drawn_by_lot(self) -> Cuts | None:
+        """Return the same trims with experts drawn by lot; None where no criterion chooses any."""
+        chosen = [step for step in self.steps if isinstance(step, ExpertDrop | ExpertMerge)]
+        if all(isinstance(step, ExpertDrop) and step.criterion == "random" for step in chosen):
+            return None
+        steps = tuple(at_random(step, _LOTS_SEED) for step in self.steps)
+        return choose_cuts(steps, self.study, self.whole, self.choice)
 
     def verify(self) -> None:
         """Prove that the artifact opens, is what was computed, and is as big as was planned."""
@@ -217,11 +282,27 @@ class Run:
             blocks=blocks,
             ledger=ledger,
             verification=self.verification,
+            study=self._study_note(),
+            analysis=analysis_tables(self.study) if self._asked_to_analyze() else None,
             calibration=None if self.calibration is None else _provenance(self.calibration),
             evaluation=_provenance(self.evaluation),
             seconds=self.seconds,
             peak_memory_bytes=_peak_memory(),
             versions=_versions(self.device),
+        )
+
+    def _asked_to_analyze(self) -> bool:
+        return self.study is not None and any(isinstance(step, Analyze) for step in self.steps)
+
+    def _study_note(self) -> StudyNote | None:
+        if self.study is None:
+            return None
+        return StudyNote(
+            parts=tuple(sorted(self.study.parts)),
+            tokens=int(self.study.tokens_M.sum()),
+            domains=self.study.domains,
+            reused=self.study_reused,
+            seconds={part: round(seconds, 3) for part, seconds in self.study.seconds.items()},
         )
 
     def refuse_violations(self, report: Report) -> None:
@@ -238,7 +319,9 @@ class Run:
         rows: list[BlockRow] = []
         for block in self.whole.blocks:
             statistics = self.study.experts.get(block) if self.study is not None else None
+            seen = statistics if statistics is not None and statistics.tokens else None
             before = self.whole.experts.get(block)
+            lost_layer = block in self.cuts.layers_dropped
             rows.append(
                 BlockRow(
                     index=block,
@@ -246,8 +329,12 @@ class Run:
                     index_after=places.get(block),
                     experts_kept=self.cuts.experts.get(block),
                     experts_before=len(before) if before is not None else None,
-                    cosine=self.study.cosine(block) if self.study is not None else None,
-                    expert_tokens=tuple(int(n) for n in statistics.count_E.tolist()) if statistics is not None else None,
+                    moe_layer=("drop" if lost_layer else "keep") if before is not None and block in places else None,
+                    merged=dict(self.cuts.merged[block]) if block in self.cuts.merged else None,
+                    skip_beta=self.cuts.skip.get(block),
+                    cosine=self.study.cosine(block) if self.study is not None and block in self.study.cosine_M else None,
+                    layer_cosine=seen.layer_cosine if seen is not None else None,
+                    expert_tokens=tuple(int(n) for n in seen.total("count").tolist()) if seen is not None else None,
                 )
             )
         return tuple(rows)

@@ -36,11 +36,11 @@ class PlanWarning(PlanPart):
 
 
 class PlannedBlock(PlanPart):
-    """What becomes of one block of the source; None for what a dense block does not have."""
+    """What becomes of one block of the source; None for what a dense block does not have, and for counts left to the study."""
 
     index: int
     action: Literal["keep", "keep_or_drop"]
-    """``keep_or_drop``: the study chooses among these."""
+    """``keep_or_drop``: the study chooses among these which blocks go, or lose their MoE layer."""
     experts_kept: int | None
     expert_scheme: str | None
     attention_scheme: str
@@ -141,12 +141,12 @@ def _check_target(request: Compression, *, bytes_after: int, smallest: int) -> N
 
 
 def _planned_blocks(inventory: Inventory, cut: Cut, sizes: tuple[int, ...]) -> tuple[PlannedBlock, ...]:
-    open_to_drop = frozenset(inventory.droppable) if cut.blocks_dropped else frozenset[int]()
+    open_to_drop = frozenset(inventory.droppable) if cut.blocks_dropped or cut.layers_dropped else frozenset[int]()
     return tuple(
         PlannedBlock(
             index=block.index,
             action="keep_or_drop" if block.index in open_to_drop else "keep",
-            experts_kept=cut.experts_kept if block.is_mixture else None,
+            experts_kept=cut.experts_kept if block.is_mixture and not cut.experts_dropped else None,
             expert_scheme=cut.schemes.get("experts", "keep") if block.is_mixture else None,
             attention_scheme=cut.schemes.get("attention", "keep"),
             bytes=size,

@@ -56,10 +56,46 @@ class BlockRow(Record):
     experts_kept: tuple[int, ...] | None
     """Ids of the source's experts that stay, in their new order; None for a dense or dropped block."""
     experts_before: int | None
+    moe_layer: Literal["keep", "drop"] | None = None
+    """Whether the MoE layer stays; None for a dense or dropped block. One that is kept may have lost all of its experts."""
+    merged: dict[int, tuple[int, ...]] | None = None
+    """Of merged experts, by the one that they were folded into: the source's ids, that one's included."""
+    skip_beta: float | None = None
+    """Beta with which the block skips experts at run time."""
     cosine: float | None
     """Mean cosine between the block's input and output; None when no study was needed."""
+    layer_cosine: float | None = None
+    """Mean cosine between the residual stream before and after the MoE layer and its norm."""
     expert_tokens: tuple[int, ...] | None
     """Calibration tokens per expert of the source; None when no study was needed."""
+
+
+class Baseline(Record):
+    """The same trims, but with experts drawn by lot, on the same held-out tokens; weights as they were, none slimmed."""
+
+    criterion: Literal["random"] = "random"
+    seed: int
+    loss: float
+    divergence: float
+    top1_agreement: float
+
+    @computed_field
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the model trimmed at random."""
+        return math.exp(self.loss)
+
+
+class StudyNote(Record):
+    """The look at the untouched model that the trims went by."""
+
+    parts: tuple[str, ...]
+    tokens: int
+    domains: tuple[str, ...]
+    reused: bool
+    """Whether it was found from an earlier job on the same weights and text, so that no weight was read for it."""
+    seconds: dict[str, float]
+    """Wall-clock seconds of each part, when it was taken."""
 
 
 class Quality(Record):
@@ -72,6 +108,8 @@ class Quality(Record):
     """Mean KL divergence of the artifact's next-token distribution from the original's."""
     top1_agreement: float
     """Share of tokens on which both predict the same next token."""
+    random_drop: Baseline | None = None
+    """What lots would have kept, where the recipe chooses experts; None where it does not."""
 
     @computed_field
     @property
@@ -127,6 +165,9 @@ class Report(Record):
     blocks: tuple[BlockRow, ...]
     ledger: tuple[LedgerRow, ...]
     verification: Verification
+    study: StudyNote | None = None
+    analysis: dict[str, Any] | None = None
+    """Tables and findings of the step analyze; None where it was not asked for."""
     calibration: dict[str, Any] | None
     evaluation: dict[str, Any]
     seconds: dict[str, float]
@@ -168,10 +209,31 @@ def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[Le
     )
     if dropped := [row.index for row in blocks if row.action == "drop"]:
         news.append(f"{len(dropped)} of {len(blocks)} blocks are gone: {_listed(dropped)}.")
-    if gone := sum(row.experts_before - len(row.experts_kept) for row in blocks if row.experts_kept and row.experts_before):
-        news.append(f"{gone} experts are gone from the blocks that stay.")
+    if (random := quality.random_drop) is not None and random.loss <= quality.loss_after:
+        news.append(
+            f"Experts drawn by lot would have kept as much: perplexity {random.perplexity:.2f} with seed {random.seed}, "
+            "no weight slimmed."
+        )
+    if layers := [row.index for row in blocks if row.moe_layer == "drop"]:
+        news.append(f"{len(layers)} blocks have lost their MoE layer: {_listed(layers)}.")
+    news += _of_experts(blocks)
     news += _of_ledger(ledger)
     return tuple(news)
+
+
+def _of_experts(blocks: tuple[BlockRow, ...]) -> list[str]:
+    news: list[str] = []
+    kept = [row for row in blocks if row.experts_kept is not None and row.experts_before]
+    folded = sum(len(group) - 1 for row in kept for group in (row.merged or {}).values())
+    if gone := sum((row.experts_before or 0) - len(row.experts_kept or ()) for row in kept) - folded:
+        news.append(f"{gone} experts are gone from the MoE layers that stay.")
+    if folded:
+        news.append(f"{folded} experts were folded into others.")
+    if empty := [row.index for row in kept if not row.experts_kept]:
+        news.append(f"{len(empty)} MoE layers have lost all of their experts: {_listed(empty)}.")
+    if skipping := [row for row in blocks if row.skip_beta is not None]:
+        news.append(f"{len(skipping)} MoE layers skip experts at run time.")
+    return news
 
 
 def _of_ledger(ledger: tuple[LedgerRow, ...]) -> list[str]:

@@ -142,7 +142,7 @@ class _Work:
             is_matrix = name.endswith(".weight") and tensor.dim() == 2 and not name.endswith("_gate.weight")
             component = self.architecture.component_of(name)
             if is_matrix and component != "experts" and self.slimming.treatment(component) is not None:
-                module = block.get_submodule(self.architecture.place_of(name).removesuffix(".weight"))
+                module = block.get_submodule(self.architecture.running_place(name).removesuffix(".weight"))
                 assert isinstance(module, nn.Linear), f"{name} is not a linear layer in the stock class"
                 found[name.removesuffix(".weight")] = module
         return found

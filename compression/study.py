@@ -38,7 +38,7 @@ class Sample:
     gram_SEE: Tensor
     """Inner products of the experts' outputs, token by token."""
     router: dict[str, Tensor]
-    """What else the router holds for each expert (a bias by which it chooses), by name, or by its place among its arguments [E]."""
+    """What else the router holds for each expert [E], such as a bias by which it chooses: by name, or by place as an argument."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.block import Call, Shell
-from compression.checkpoint.reader import Reader, refuse_non_finite
+from compression.checkpoint.reader import Model, refuse_non_finite
 from compression.errors import NonFiniteWeights
 from compression.memory import give_back
 
@@ -138,7 +138,7 @@ class Push:
         stream.push(index, block)
 
 
-def sweep(shell: Shell, reader: Reader, stream: Stream, visitor: Visitor, on_block: OnBlock) -> None:
+def sweep(shell: Shell, reader: Model, stream: Stream, visitor: Visitor, on_block: OnBlock) -> None:
     """Show every block of the checkpoint to the visitor, one live block at a time."""
     blocks = len(shell.blocks)
     for index in range(blocks):

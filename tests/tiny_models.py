@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tests.tiny_families import FAMILIES
 
 BLOCKS = 4
 EXPERTS = 8
@@ -36,6 +45,8 @@ WINDOW = 8
 VOCABULARY = 384
 BOS, EOS, PAD = 0, 1, 2
 _KEPT_IN_FLOAT32 = "e_score_correction_bias"
+_KEPT_AS_BUILT = ("slope_rate", "_decay")
+"""Decays of linear attention, computed from the block's place and saved: random ones would grow without bound."""
 
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog while the cat watches from the window.",
@@ -60,8 +71,8 @@ def build(
 ) -> Path:
     """Write a tiny random checkpoint with its tokenizer and return the folder.
 
-    ``model_type`` is one of MODEL_TYPES or VARIANTS; ``max_shard_size`` such as "500KB" gives several shards and an
-    index. ``config_overrides`` are settings of the family's own config class.
+    ``model_type`` is one of MODEL_TYPES, MORE_MODEL_TYPES or VARIANTS; ``max_shard_size`` such as "500KB" gives several
+    shards and an index. ``config_overrides`` are settings of the family's own config class.
     """
     model = _random_model(tiny_config(model_type, **config_overrides), getattr(torch, dtype), seed)
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -75,10 +86,13 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     if model_type in VARIANTS:
         model_type, variant = VARIANTS[model_type]
         overrides = {**variant, **overrides}
-    if unknown := [name for name in overrides if not hasattr(AutoConfig.for_model(model_type), name)]:
+    known = AutoConfig.for_model(model_type)
+    if unknown := [name for name in overrides if not hasattr(known, name)]:
         raise TypeError(f"{model_type} has no setting {', '.join(unknown)}")
     blocks = overrides.get("num_hidden_layers", BLOCKS)
-    return AutoConfig.for_model(model_type, **{**_common(), **_FAMILIES[model_type](blocks), **overrides})
+    common = _common() if hasattr(known, "num_hidden_layers") else {}
+    common = {name: value for name, value in common.items() if hasattr(known, name)}
+    return AutoConfig.for_model(model_type, **{**common, **{**_FAMILIES, **FAMILIES}[model_type](blocks), **overrides})
 
 
 def build_tokenizer(folder: Path) -> Path:
@@ -219,7 +233,9 @@ _FAMILIES: dict[str, Callable[[int], dict[str, Any]]] = {
     "phimoe": _phimoe,
 }
 MODEL_TYPES: tuple[str, ...] = tuple(_FAMILIES)
-"""The eight supported families."""
+"""The eight families that every test over families runs over."""
+MORE_MODEL_TYPES: tuple[str, ...] = tuple(FAMILIES)
+"""The others, each with the compact tests of test_families.py."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral_sliding": ("mixtral", {"sliding_window": WINDOW}),
     "qwen2_moe_sparse_step": ("qwen2_moe", {"decoder_sparse_step": 2}),
@@ -229,11 +245,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with _untouched_global_state():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        towers = hasattr(config, "vision_config") or hasattr(config, "thinker_config")
+        auto: Any = AutoModelForMultimodalLM if towers else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in _saved_tensors(model):
-            tensor.copy_(_random_like(name, tensor, generator))
+            if not name.endswith(_KEPT_AS_BUILT):
+                tensor.copy_(_random_like(name, tensor, generator))
             if not name.endswith(_KEPT_IN_FLOAT32):
                 tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype

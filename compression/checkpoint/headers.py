@@ -22,7 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from compression.architectures import ARCHITECTURES
+from compression.architectures import ARCHITECTURES, REFUSED
 from compression.errors import (
     BrokenCheckpoint,
     ModelNotFound,
@@ -186,7 +186,7 @@ def _read_config(files: CheckpointFiles, names: set[str]) -> dict[str, Any]:
     config = _parse_object(_read_whole(files, CONFIG, _MAX_CONFIG), CONFIG)
     keys_found = _check_depth(config)
     # A supported family opens with its stock class, whatever code the checkpoint offers besides; that code is never run.
-    if "auto_map" in keys_found and config.get("model_type") not in ARCHITECTURES:
+    if "auto_map" in keys_found and config.get("model_type") not in {*ARCHITECTURES, *REFUSED}:
         raise RemoteCodeRequired(
             f"{CONFIG} asks for the model's own code (auto_map), and none is ever run; supported without it: "
             f"{', '.join(sorted(ARCHITECTURES))}"

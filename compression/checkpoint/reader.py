@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,23 @@ TORCH_DTYPES = {
 _CONFIG_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
+class Model(Protocol):
+    """A checkpoint read a block at a time: as it is stored, or as cuts will leave it."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        ...
+
+    def outside(self) -> dict[str, Tensor]:
+        """Return the saved tensors that belong to no block."""
+        ...
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return the saved tensors of one block."""
+        ...
+
+
 class Reader:
     """A checkpoint in a folder, read a block at a time; tensors that no stock class reads are left behind."""
 
@@ -52,7 +69,7 @@ class Reader:
         self._digests: dict[int | None, str] = {}
         self._blocks: defaultdict[int | None, list[TensorHeader]] = defaultdict(list)
         self.architecture = find_architecture(self.checkpoint.config)
-        count = self.architecture.block_count(self.checkpoint.config)
+        count = self._count = self.architecture.block_count(self.checkpoint.config)
         for header in self.checkpoint.tensors.values():
             if not is_left_behind(self.architecture, header.name, count):
                 self._blocks[self.architecture.block_of(header.name)].append(header)
@@ -77,7 +94,7 @@ class Reader:
     def content(self) -> str:
         """Return the sha256 of all tensors as they are stored; blocks that were read before are not read again."""
         self.hashing = True
-        for index in (None, *range(int(self.checkpoint.config["num_hidden_layers"]))):
+        for index in (None, *range(self._count)):
             if index not in self._digests:
                 self._known(index, self._read(self._blocks.get(index, ())))
         return hashlib.sha256(json.dumps(sorted(map(str, self._digests.items()))).encode()).hexdigest()
@@ -87,7 +104,7 @@ class Reader:
             digest = hashlib.sha256()
             for name in sorted(tensors):
                 digest.update(name.encode())
-                digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+                digest.update(memoryview(tensors[name].flatten().view(torch.uint8).numpy()))
             self._digests[index] = digest.hexdigest()
         return tensors
 
@@ -104,7 +121,7 @@ class Reader:
         return tensors
 
 
-def refuse_non_finite(tensors: dict[str, Tensor]) -> None:
+def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise NonFiniteWeights naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
         # One pass without a temporary of the tensor's size: a sum is finite only if every term is.

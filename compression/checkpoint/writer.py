@@ -25,9 +25,10 @@ from compression.errors import DiskFull, VerificationFailed
 from compression.planner.sizes import FLOAT
 from compression.recipe import BITS, Pattern, Quantize
 from compression.runtime import slimtrim_runtime
+from compression.runtime.slimtrim_runtime import declared
 
 RUNTIME = Path(slimtrim_runtime.__file__)
-"""The file that opens artifacts with packed zeros; it ships inside them."""
+"""The file that opens artifacts of the custom profile; it ships inside them."""
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "quantize_config.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
 _COPIED_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY"}
@@ -128,34 +129,29 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sparse_config(pattern: Pattern) -> dict[str, Any]:
-    """Return what config.json says of packed zeros, and what keeps the stock loader from filling the gaps at random.
-
-    Stock transformers would warn of missing weights and make them up. A name of weights that is no safetensors file makes
-    it stop instead, with that name in its message; the loader that ships in the artifact takes the entry out.
-    """
-    return {
-        "slimtrim": {"profile": "custom", "sparse": {"pattern": f"{pattern.n}:{pattern.m}"}},
-        "transformers_weights": f"packed zeros: open this model with open_model of {RUNTIME.name}, which lies beside it",
-    }
+def sparse_config(pattern: Pattern, trimmed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries of config.json that declare packed zeros, beside what the ``trimmed`` config already declares."""
+    section = (trimmed or {}).get("slimtrim", {"profile": "custom"})
+    return declared({**section, "sparse": {"pattern": f"{pattern.n}:{pattern.m}"}})
 
 
 def needs_runtime(config: Mapping[str, Any]) -> bool:
-    """Say whether an artifact with this config.json holds packed zeros, which only its own loader reads."""
-    return "sparse" in config.get("slimtrim", {})
+    """Say whether only its own loader opens an artifact with this config.json."""
+    return not {"sparse", "experts"}.isdisjoint(config.get("slimtrim", {}))
 
 
-def quantization_config(architecture: Architecture, step: Quantize) -> dict[str, Any]:
-    """Return the ``quantization_config`` that stock transformers and vLLM's rules read.
+def quantization_config(architecture: Architecture, step: Quantize, trimmed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the ``quantization_config`` that stock transformers and vLLM's rules read, for a model of the ``trimmed`` config.
 
     The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
     for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
     """
+    shared = [module for module in architecture.shared_experts if not module.endswith("_gate")]
     parts = {
         r"\.experts\.": step.scheme,
-        r"\.self_attn\.": step.attention,
-        **{rf"\.{module}\.": step.shared_experts for module in architecture.shared_experts if not module.endswith("_gate")},
-        r"\.mlp\.(gate|up|down)_proj$": step.dense,
+        **{rf"\.{name}\.": step.attention for module in architecture.attention for name in architecture.names_of(module)},
+        **{rf"\.{name}\.": step.shared_experts for module in shared for name in architecture.names_of(module)},
+        rf"\.{architecture.dense_matrices}$": step.dense,
     }
     groups: dict[str, list[str]] = {}
     for pattern, scheme in parts.items():
@@ -165,10 +161,13 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
         groups = {step.scheme: ["Linear"]}
     # By saved and by running name: stock transformers matches running modules, other engines saved ones.
     routers = sorted({architecture.router, architecture.running_router.rsplit(".", 1)[-1]})
-    ignore = ["lm_head", *(rf"re:.*\.{router}$" for router in routers)]
+    ignore = [architecture.head, *(rf"re:.*\.{router}$" for router in routers)]
     ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
     ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
+    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.untouched)]
     formats = sorted({_format(scheme) for scheme in groups})
+    counts = (trimmed or {}).get("per_layer_num_experts")
+    sparsity = {"moe_sparsity_config": {"method": "prune", "num_experts": list(counts)}} if counts else {}
     return {
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
@@ -179,6 +178,7 @@ def quantization_config(architecture: Architecture, step: Quantize) -> dict[str,
             f"group_{number}": _group(scheme, step.group_size or -1, targets)
             for number, (scheme, targets) in enumerate(groups.items())
         },
+        **sparsity,
     }
 
 

@@ -8,39 +8,63 @@ Shapes: B sequences, S tokens each, V vocabulary, T = S - 1 predicted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from compression.block import Shell
-from compression.checkpoint.reader import Reader
-from compression.checkpoint.source import open_source
-from compression.report import Quality
+from compression.checkpoint.reader import Model
+from compression.report import Baseline, Quality
 from compression.sweep import OnBlock, Push, Stream, sweep, working_dtype
 
 _ROWS = 512
 """Positions whose distributions are held in float32 at a time: 0.6 GB for two of 152 064 words."""
 
 
-def measure(original: Path, artifact: Path, ids_NS: Tensor, *, device: torch.device, on_block: OnBlock) -> Quality:
-    """Return what the artifact lost against the original on the token sequences [N, S]."""
-    before = _Swept(
-        open_source(original, device), ids_NS, device, lambda done, blocks, text: on_block(done, 2 * blocks, f"original: {text}")
-    )
-    after = _Swept(
-        Reader(artifact), ids_NS, device, lambda done, blocks, text: on_block(blocks + done, 2 * blocks, f"artifact: {text}")
-    )
-    sums = torch.zeros(4, dtype=torch.float64)
+def measure(
+    original: Model,
+    artifact: Model,
+    ids_NS: Tensor,
+    *,
+    device: torch.device,
+    on_block: OnBlock,
+    lots: tuple[Model, int] | None = None,
+) -> Quality:
+    """Return what the artifact lost against the original on the token sequences [N, S].
+
+    ``lots``: the original trimmed at random, and with which seed; measured beside the two.
+    """
+    models = {"original": original, "artifact": artifact, **({} if lots is None else {"random drop": lots[0]})}
+    swept: list[_Swept] = []
+    for place, (name, blocks) in enumerate(models.items()):
+        swept.append(_Swept(blocks, ids_NS, device, _part(on_block, place, len(models), name)))
+    sums = torch.zeros(len(swept), 4, dtype=torch.float64)
     tokens = 0
-    for ids_BS, before_BSV, after_BSV in zip(before.stream.ids, before.logits(), after.logits(), strict=True):
-        for ids_S, before_SV, after_SV in zip(ids_BS, before_BSV, after_BSV, strict=True):
-            sums += compare(ids_S.to(device), before_SV, after_SV)
-            tokens += len(ids_S) - 1
-    loss_before, loss_after, divergence, agreement = (sums / tokens).tolist()
-    return Quality(tokens=tokens, loss_before=loss_before, loss_after=loss_after, divergence=divergence, top1_agreement=agreement)
+    for ids_BS, before_BSV, *others in zip(swept[0].stream.ids, *(model.logits() for model in swept), strict=True):
+        for place, after_BSV in enumerate(others, start=1):
+            for ids_S, before_SV, after_SV in zip(ids_BS, before_BSV, after_BSV, strict=True):
+                sums[place] += compare(ids_S.to(device), before_SV, after_SV)
+        tokens += ids_BS.numel() - len(ids_BS)
+    _, (loss_before, loss_after, divergence, agreement), *rest = (sums / tokens).tolist()
+    return Quality(
+        tokens=tokens,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        divergence=divergence,
+        top1_agreement=agreement,
+        random_drop=None if lots is None else _baseline(rest[0], lots[1]),
+    )
+
+
+def _baseline(means: Sequence[float], seed: int) -> Baseline:
+    _, loss, divergence, agreement = means
+    return Baseline(seed=seed, loss=loss, divergence=divergence, top1_agreement=agreement)
+
+
+def _part(on_block: OnBlock, place: int, models: int, name: str) -> OnBlock:
+    return lambda done, blocks, text: on_block(place * blocks + done, models * blocks, f"{name}: {text}")
 
 
 def compare(ids_S: Tensor, before_SV: Tensor, after_SV: Tensor) -> Tensor:
@@ -59,10 +83,10 @@ def compare(ids_S: Tensor, before_SV: Tensor, after_SV: Tensor) -> Tensor:
 
 
 class _Swept:
-    def __init__(self, reader: Reader, ids_NS: Tensor, device: torch.device, on_block: OnBlock) -> None:
-        self._shell = Shell(reader.config, reader.outside(), device)
+    def __init__(self, blocks: Model, ids_NS: Tensor, device: torch.device, on_block: OnBlock) -> None:
+        self._shell = Shell(blocks.config, blocks.outside(), device)
         self.stream = Stream(self._shell, ids_NS, dtype=working_dtype(device, self._shell.dtype))
-        sweep(self._shell, reader, self.stream, Push(), on_block)
+        sweep(self._shell, blocks, self.stream, Push(), on_block)
 
     def logits(self) -> Iterator[Tensor]:
         return self.stream.logits(self._shell)

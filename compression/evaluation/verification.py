@@ -1,6 +1,6 @@
 """Reopen the artifact with the stock loader and compare: it must be, bit for bit, the model that was computed.
 
-An artifact with packed zeros is opened with the loader that ships in it, once that file is found to be ours.
+An artifact that stock classes cannot open is opened with the loader that ships in it, once that file is found to be ours.
 
 Where the dense model fits into memory it is opened as a whole. Where it does not, it is opened in windows: a folder
 that holds the shards of a few blocks and a config cut to them, which ``from_pretrained`` opens as the small model it
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -21,10 +22,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compression.architectures import Architecture
-from compression.block import quiet
+from compression.block import language_model, quiet, stock_class
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import RUNTIME, needs_runtime, write_json
 from compression.errors import VerificationFailed
@@ -32,8 +32,7 @@ from compression.memory import give_back
 from compression.report import Verification
 from compression.runtime.slimtrim_runtime import CannotUnpack, open_model
 from compression.sweep import OnBlock
-from compression.trimming import Cuts
-from compression.trimming.surgery import cut_config
+from compression.trimming.surgery import cut_to_window
 
 _BLOCKS_PER_WINDOW = 2
 
@@ -79,15 +78,17 @@ def in_windows(
     artifact: Path, architecture: Architecture, *, ids_BS: Tensor, device: torch.device, blocks: int = _BLOCKS_PER_WINDOW
 ) -> Tensor:
     """Return the logits [B, S, V] of an artifact that is never in memory as a whole."""
-    count = architecture.block_count(_config(artifact))
-    inputs: dict[str, Tensor] = {"input_ids": ids_BS.to(device)}
+    config = _config(artifact)
+    count = architecture.block_count(config)
+    # Blocks that are told apart by a period alone must keep their place in it.
+    blocks = math.lcm(*(int(architecture.settings(config)[key]) for key in architecture.period_keys)) * blocks
+    hidden_BSD: Tensor | None = None
     logits_BSV = torch.empty(0)
     for first in range(0, count, blocks):
         window = range(first, min(first + blocks, count))
         with tempfile.TemporaryDirectory(prefix="slimtrim-window-") as folder:
             model = _open(_window(artifact, architecture, window, Path(folder)), device, architecture, window)
-            logits_BSV, hidden_BSD = _run(model, inputs)
-            inputs = {"inputs_embeds": hidden_BSD}
+            logits_BSV, hidden_BSD = _run(model, architecture, ids_BS.to(device), hidden_BSD)
             del model
         gc.collect()  # a loaded model refers to itself, so it would stay until the collector happens to run
         give_back()
@@ -101,7 +102,7 @@ def _opener(artifact: Path) -> str:
         return stock
     shipped = artifact / RUNTIME.name
     if not shipped.exists() or shipped.read_bytes() != RUNTIME.read_bytes():
-        raise VerificationFailed(f"the artifact holds packed zeros, but not the {RUNTIME.name} that opens them")
+        raise VerificationFailed(f"the artifact does not hold the {RUNTIME.name} that alone opens it")
     return f"{RUNTIME.name} on {stock}"
 
 
@@ -125,12 +126,13 @@ def _scan(reader: Reader, on_block: OnBlock) -> int:
 
 
 def _whole(artifact: Path, architecture: Architecture, ids_BS: Tensor, device: torch.device) -> Tensor:
-    return _run(_open(artifact, device, architecture, range(0)), {"input_ids": ids_BS.to(device)})[0]
+    return _run(_open(artifact, device, architecture, range(0)), architecture, ids_BS.to(device), None)[0]
 
 
 def _open(folder: Path, device: torch.device, architecture: Architecture, window: range) -> Any:
     renamed = {re.escape(architecture.prefix(block)): architecture.prefix(place) for place, block in enumerate(window)}
-    from_pretrained: Any = open_model if needs_runtime(_config(folder)) else AutoModelForCausalLM.from_pretrained
+    config = _config(folder)
+    from_pretrained: Any = open_model if needs_runtime(config) else stock_class(config).from_pretrained
     try:
         with quiet():
             model, info = from_pretrained(folder, key_mapping=renamed or None, output_loading_info=True, local_files_only=True)
@@ -143,20 +145,27 @@ def _open(folder: Path, device: torch.device, architecture: Architecture, window
 
 
 @torch.no_grad()
-def _run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _run(opened: Any, architecture: Architecture, ids_BS: Tensor, hidden_BSD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the logits and what leaves the last block; ``hidden_BSD``: what enters the first, the embedding if not given."""
     left: list[Tensor] = []
+    model = language_model(architecture, opened)
+    blocks = model.get_decoder().layers
 
     def take(module: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         left.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = model.get_decoder().layers[-1].register_forward_hook(take)
-    logits_BSV = model(**inputs, use_cache=False).logits
-    hook.remove()
+    # Put in at the block itself: some families scale whatever is given as an embedding.
+    hooks = [blocks[-1].register_forward_hook(take)]
+    if hidden_BSD is not None:
+        hooks.append(blocks[0].register_forward_pre_hook(lambda _, args: (hidden_BSD, *args[1:])))
+    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
     return logits_BSV, left[0]
 
 
 def _window(artifact: Path, architecture: Architecture, window: range, folder: Path) -> Path:
-    write_json(folder / "config.json", cut_config(_config(artifact), architecture, Cuts(tuple(window), {})))
+    write_json(folder / "config.json", cut_to_window(_config(artifact), architecture, window))
     index = json.loads((artifact / "model.safetensors.index.json").read_text())
     inside = {None, *window}
     weight_map = {name: file for name, file in index["weight_map"].items() if architecture.block_of(name) in inside}

@@ -41,43 +41,36 @@ STEP_FACTS: dict[str, StepFacts] = {
         "at 3 bits and one scale a row, 36.1 of 56.8 by awq and 18.6 by rounding (arXiv:2505.03804, other tasks).",
     ),
     "expert_drop": StepFacts(
-        f"REAP, arXiv:2510.13999; routing_score and frequency as in {_UNIFIED}",
-        "With half the experts Qwen3-30B-A3B scores .541 on code by reap and .452 by frequency, against .558 (arXiv:2510.13999).",
-        missing={
-            "criterion": ("expert_norm", "man", "msan", "hope", "aimer", "reconstruction", "random"),
-            "scope": ("global",),
-        },
+        "REAP, arXiv:2510.13999; NAEE, arXiv:2402.14800; MAN and MSAN, arXiv:2606.15716; HOPE, arXiv:2609.18916; AIMER, "
+        f"arXiv:2603.18492; routing_score as in {_UNIFIED}",
+        "With half the experts Qwen3-30B-A3B scores .541 on code by reap and .452 by frequency, against .558 (arXiv:2510.13999); "
+        "with 6 of 8 Mixtral-8x7B keeps 64.2 of 67.6 points by reconstruction, 63.0 at random and 60.8 by frequency "
+        "(arXiv:2402.14800).",
     ),
     "expert_merge": StepFacts(
         "REAM, SamsungSAILMontreal/ream",
         "With 96 of 128 experts Qwen3-30B keeps 65.8 of 69.7 points on multiple choice and 67.7 of 70.9 on generation.",
-        instead="expert_drop with criterion reap leaves as many experts",
     ),
     "layer_drop": StepFacts(
         _UNIFIED,
-        "Mixtral-8x7B at 4 bits without 8 of its 32 MoE layers keeps 92.4 % of its average in 20.0 GiB, "
-        "but no stock class opens a block whose MoE layer is gone.",
-        instead="block_drop removes whole blocks, which stock loaders open",
+        "Mixtral-8x7B at 4 bits without 8 of its 32 MoE layers keeps 92.4 % of its average in 20.0 GiB.",
     ),
     "block_drop": StepFacts(
-        f"{_UNIFIED}; ShortGPT, arXiv:2403.03853",
+        f"{_UNIFIED}; ShortGPT, arXiv:2403.03853; consecutive as in arXiv:2403.17887",
         "Mixtral-8x7B at 4 bits without 5 of its 32 blocks keeps 95.1 % of its average in 21.9 GiB; without 8 it collapses.",
-        missing={"selection": ("consecutive",)},
     ),
     "expert_skip": StepFacts(
         "NAEE, arXiv:2402.14800",
         "Skipping alone runs Mixtral-8x7B 1.08 times as fast at 66.37 of 67.58 points, and saves no memory.",
-        instead="expert_drop saves memory as well",
+    ),
+    "analyze": StepFacts(
+        "A Closer Look into Mixture-of-Experts, arXiv:2406.18219",
+        "Routers prefer experts whose outputs are large, which is what reap scores.",
     ),
     "recover": StepFacts(
         "Router distillation, arXiv:2603.02217",
         "Training the router alone took about two hours for Qwen3-30B and improved most trimmed models, given enough text.",
         instead="leave the step out and compare the report's retention",
-    ),
-    "analyze": StepFacts(
-        "A Closer Look into Mixture-of-Experts, arXiv:2406.18219",
-        "Routers prefer experts whose outputs are large, which is what reap scores.",
-        instead="the report lists every decision without it",
     ),
 }
 

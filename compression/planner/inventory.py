@@ -113,7 +113,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     architecture = find_architecture(checkpoint.config)
     config = architecture.settings(checkpoint.config)
     experts = _agreed_expert_count(architecture, checkpoint.config)
-    top_k = config_count(config, "num_experts_per_tok")
+    top_k = _top_k(architecture, config)
     if top_k > experts:
         raise BrokenCheckpoint(f"config.json uses {top_k} experts per token and declares {experts}")
     groups, used = (config_count(config, key, default=1) for key in architecture.group_keys or ("", ""))
@@ -121,7 +121,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
         raise BrokenCheckpoint(f"config.json routes {experts} experts in {groups} groups of which {used} are used")
     inside, outside, left_behind = _sort_tensors(architecture, checkpoint)
     _refuse_quantized_tensors([*outside, *(part for parts in inside for part in parts)])
-    mixtures = _expected_mixtures(architecture, config, len(inside))
+    mixtures = expected_mixtures(architecture, config, len(inside))
     blocks = tuple(Block(index, tuple(inside[index]), expected) for index, expected in enumerate(mixtures))
     for block in blocks:
         _check_block(architecture, config, block, experts=experts)
@@ -166,6 +166,14 @@ def config_count(config: Mapping[str, Any], key: str, *, default: int | None = N
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
         raise BrokenCheckpoint(f"config.json has no proper {key}: {str(value)[:40]!r}")
     return value
+
+
+def _top_k(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """Return the experts used per token; a list of them must say the same for every block."""
+    key = architecture.top_k_key
+    value: object = config.get(key)
+    listed = cast("list[object]", value) if isinstance(value, list) else []
+    return config_count({key: listed[0]} if listed and listed == listed[:1] * len(listed) else config, key)
 
 
 def _agreed_expert_count(architecture: Architecture, config: Mapping[str, Any]) -> int:
@@ -220,9 +228,19 @@ def _part(architecture: Architecture, index: int, header: TensorHeader) -> Part:
     return Part(header, header.name[len(prefix) :], architecture.component_of(header.name), expert)
 
 
-def _expected_mixtures(architecture: Architecture, config: Mapping[str, Any], blocks: int) -> list[bool]:
+def expected_mixtures(architecture: Architecture, config: Mapping[str, Any], blocks: int) -> list[bool]:
     """Say for every block whether config.json means a mixture; the keys of other families are absent and say nothing."""
-    prefix = config.get(architecture.dense_prefix_key or "") or 0
+    types: object = config.get(architecture.dense_types_key or "")
+    if types is not None:
+        named = cast("list[object]", types) if isinstance(types, list) else []
+        if len(named) != blocks or not {"dense", "sparse"}.issuperset(map(str, named)):
+            raise BrokenCheckpoint(f"{architecture.dense_types_key} in config.json does not name each of the {blocks} blocks")
+        return [name == "sparse" for name in named]
+    if architecture.mixture_period is not None:
+        period, first = (config_count(config, key, default=usual) for key, usual in architecture.mixture_period)
+        return [index % period == first % period for index in range(blocks)]
+    stated = config.get(architecture.dense_prefix_key or "")
+    prefix = architecture.dense_prefix if stated is None else stated
     step = config.get(architecture.sparse_step_key or "") or 1
     listed: object = config.get(architecture.dense_list_key or "") or []
     if not isinstance(prefix, int) or not isinstance(step, int) or not isinstance(listed, list):
@@ -243,7 +261,7 @@ def _check_block(architecture: Architecture, config: Mapping[str, Any], block: B
         fault = "lacks" if block.is_mixture else "has"
         raise BrokenCheckpoint(f"block {block.index} {fault} {architecture.router_name(block.index)!r}, against config.json")
     for part in routers:
-        if part.header.shape[:1] != (experts,):
+        if not part.header.shape or part.header.shape[architecture.expert_axis(part.header.name)] != experts:
             raise BrokenCheckpoint(
                 f"router tensor {part.header.name!r} is of shape {list(part.header.shape)}, "
                 f"but config.json declares {experts} experts"
@@ -257,15 +275,20 @@ def _check_block(architecture: Architecture, config: Mapping[str, Any], block: B
 
 
 def _check_fused(architecture: Architecture, config: Mapping[str, Any], index: int, *, routed: list[Part], experts: int) -> None:
-    """Refuse a mixture saved as one tensor per matrix unless gate and up are [E, D, 2F] and down is [E, F, D]."""
+    """Refuse a mixture saved as one tensor per matrix unless gate and up are [E, D, 2F] and down is [E, F, D], or turned."""
     width = config_count(config, architecture.expert_width_key)
     hidden = config_count(config, "hidden_size")
     shapes = {part.header.name: part.header.shape for part in routed}
-    for matrix, shape in (("gate_up_proj", (experts, hidden, 2 * width)), ("down_proj", (experts, width, hidden))):
-        name = f"{architecture.experts_prefix(index)}.{matrix}"
-        if shapes.get(name) != shape:
+    turned = "outputs first" in architecture.fused_layouts
+    straight = "inputs first" in architecture.fused_layouts
+    for place, (inputs, outputs) in zip(architecture.fused_places, ((hidden, 2 * width), (width, hidden)), strict=True):
+        name = f"{architecture.prefix(index)}{place}"
+        meant = [(experts, inputs, outputs)] * straight + [(experts, outputs, inputs)] * turned
+        if shapes.get(name) not in meant:
             found = f"is of shape {list(shapes[name])}" if name in shapes else "is missing"
-            raise BrokenCheckpoint(f"tensor {name!r} {found}; config.json means {list(shape)}")
+            raise BrokenCheckpoint(
+                f"tensor {name!r} {found}; config.json means {' or '.join(str(list(shape)) for shape in meant)}"
+            )
     for name, shape in shapes.items():
         if shape[:1] != (experts,):
             raise BrokenCheckpoint(f"tensor {name!r} of shape {list(shape)} does not hold {experts} experts")
@@ -310,9 +333,24 @@ def _check_matrices(
 
 def _check_same_names(architecture: Architecture, blocks: tuple[Block, ...]) -> None:
     """Refuse a block that lacks a tensor which another block of its kind has."""
-    _check_lacking(architecture, blocks, ("attention", "other"))
+    if architecture.varied_blocks:
+        _check_lacking_among_like(architecture, blocks)
+    else:
+        _check_lacking(architecture, blocks, ("attention", "other"))
     _check_lacking(architecture, [block for block in blocks if block.is_mixture], ("router", "shared_experts", "dense"))
     _check_lacking(architecture, [block for block in blocks if not block.is_mixture], ("dense",))
+
+
+def _check_lacking_among_like(architecture: Architecture, blocks: tuple[Block, ...]) -> None:
+    """Compare blocks of one kind: with the same modules for mixing tokens, both mixtures or both dense."""
+    alike: defaultdict[object, list[Block]] = defaultdict(list)
+    for block in blocks:
+        own = {part.place for part in block.parts if part.component == "attention"}
+        widths = {part.place: part.header.shape for part in block.parts if part.component == "attention"}
+        modules = frozenset(place.split(".")[0] for place in own)
+        alike[modules, frozenset(widths), block.is_mixture].append(block)
+    for kind in alike.values():
+        _check_lacking(architecture, kind, ("attention", "other"))
 
 
 def _check_lacking(architecture: Architecture, blocks: Sequence[Block], components: tuple[Component, ...]) -> None:
@@ -324,8 +362,9 @@ def _check_lacking(architecture: Architecture, blocks: Sequence[Block], componen
 
 
 def _check_outside(architecture: Architecture, config: Mapping[str, Any], outside: Iterable[Part]) -> None:
-    needed = {f"{architecture.embedding}.weight", "model.norm.weight"}
-    if not config.get("tie_word_embeddings"):
+    needed = {f"{architecture.embedding}.weight", f"{architecture.norm}.weight"}
+    said = (where.get("tie_word_embeddings") for where in (config, architecture.settings(config)))
+    if not any(architecture.tied if tied is None else tied for tied in said):
         needed.add(f"{architecture.head}.weight")
     if missing := sorted(needed - {part.place for part in outside}):
         raise BrokenCheckpoint(f"tensor {missing[0]!r} is missing")

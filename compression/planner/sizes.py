@@ -22,6 +22,8 @@ from compression.planner.inventory import Block, Inventory, Part, config_count
 from compression.recipe import BITS, AnyStep, Pattern, Profile, Prune, Quantize, Serving, parse_pattern
 
 QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
+MOE_LAYER: tuple[Component, ...] = ("experts", "router", "shared_experts")
+"""What goes when a MoE layer goes."""
 WHOLE_ROW = -1
 """The group size that gives a row of weights one scale."""
 FLOAT = "FP8_DYNAMIC"
@@ -37,6 +39,7 @@ MEMORY_CLASSES: dict[str, int] = {
     "gpu.141g": 141 * 10**9,
 }
 """Bytes of device memory per class; what needs no more than the first is quick enough without an accelerator."""
+_WITHOUT_CACHE = ("linear_attention", "conv", "mamba")
 _MICRO_BATCH_TOKENS = 4096
 _ACTIVATIONS_PER_TOKEN = 16
 """Float32 vectors of the block's widths alive at once for each token of a micro-batch: inputs, projections, outputs."""
@@ -49,12 +52,6 @@ class Cut:
     experts_kept: int
     """In every MoE layer, before any are dropped from all of them together."""
     blocks_dropped: int = 0
-    layers_dropped: int = 0
-    """MoE layers gone from blocks that stay."""
-    zero_dense_width: int | None = None
-    """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
-    experts_dropped: int = 0
-    """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
     schemes: Mapping[Component, str] = field(default_factory=dict[Component, str])
     """The scheme of each component that is quantized; absent means kept as it is."""
     group_size: int = WHOLE_ROW
@@ -62,6 +59,12 @@ class Cut:
     """How pruned matrices are packed; None where they are stored dense, or nothing is pruned."""
     pruned: frozenset[Component] = frozenset()
     """The components whose matrices are pruned; that alone changes no byte."""
+    layers_dropped: int = 0
+    """MoE layers gone from blocks that stay."""
+    zero_dense_width: int | None = None
+    """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
+    experts_dropped: int = 0
+    """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
 
     def dense(self) -> Cut:
         """Return the same trims without slimming: what transformers holds after every weight has been unpacked."""
@@ -183,7 +186,7 @@ def _of_moe_layer(inventory: Inventory, cut: Cut) -> dict[Component, int]:
     norm = f"{inventory.architecture.feed_forward_norm}."
     gone = dict.fromkeys(COMPONENTS, 0)
     for tensor in planned_tensors(inventory, cut, block):
-        is_norm = tensor.name_in_source.split(".", block_depth(tensor.name_in_source))[-1].startswith(norm)
+        is_norm = inventory.architecture.place_of(tensor.name_in_source).startswith(norm)
         if tensor.component in MOE_LAYER or (is_norm and cut.zero_dense_width is None):
             gone[tensor.component] += tensor.bytes
     if cut.zero_dense_width is not None:
@@ -226,9 +229,13 @@ def _planned(part: Part, name: str, dtype: str, *, shape: tuple[int, ...], schem
 
 
 def _trimmed_shape(inventory: Inventory, part: Part, cut: Cut) -> tuple[int, ...]:
-    """The router counts experts in its first dimension, and so do tensors that hold all experts at once."""
+    """The router counts experts in one dimension, and so do tensors that hold all experts at once."""
     counts_experts = part.component == "router" or (part.component == "experts" and inventory.architecture.fused_on_disk)
-    return (cut.experts_kept, *part.header.shape[1:]) if counts_experts else part.header.shape
+    if not counts_experts:
+        return part.header.shape
+    shape = list(part.header.shape)
+    shape[inventory.architecture.expert_axis(part.header.name)] = cut.experts_kept
+    return tuple(shape)
 
 
 def _is_matrix(part: Part, block: Block | None) -> bool:
@@ -279,21 +286,32 @@ def _add(totals: dict[Component, int], more: Mapping[Component, int], times: int
 
 
 def _block_cache(inventory: Inventory, block: Block, context: int) -> int:
-    """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead."""
-    latent = inventory.architecture.latent_attention
-    places = ("kv_a_proj_with_mqa",) if latent else ("k_proj", "v_proj")
-    projections = [block.header(f"self_attn.{place}.weight") for place in places]
+    """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead.
+
+    What stands in for attention in some blocks (linear attention, convolution) keeps a state that does not grow with the text,
+    and is not counted.
+    """
+    row = inventory.architecture
+    if _layer_type(inventory, block.index) in _WITHOUT_CACHE:
+        return 0
+    places = ("kv_a_proj_with_mqa", "indexer.wk") if row.latent_attention else ("k_proj", "v_proj")
+    names = {f"{module}.{place}.weight" for module in row.attention for place in places}
+    projections = [part.header for part in block.parts if part.place in names]
     per_token = sum(prod(header.shape[:1]) * DTYPE_BITS[header.dtype] // 8 for header in projections)
     return per_token * min(context, _window(inventory, block.index) or context)
+
+
+def _layer_type(inventory: Inventory, index: int) -> object:
+    listed: object = inventory.config.get("layer_types")
+    layer_types = cast("list[object]", listed) if isinstance(listed, list) else []
+    return layer_types[index] if index < len(layer_types) else None
 
 
 def _window(inventory: Inventory, index: int) -> int | None:
     """Return the sliding window of a block; None where it sees, or may see, everything."""
     config, row = inventory.config, inventory.architecture
-    listed: object = config.get("layer_types")
-    layer_types = cast("list[object]", listed) if isinstance(listed, list) else []
-    if index < len(layer_types):
-        slides = layer_types[index] == "sliding_attention"
+    if (layer_type := _layer_type(inventory, index)) is not None:
+        slides = layer_type == "sliding_attention"
     else:
         slides = row.window == "everywhere" or (row.window == "flagged" and config.get("use_sliding_window") is True)
     return config_count(config, "sliding_window") if slides and config.get("sliding_window") else None

@@ -1,8 +1,8 @@
 """The fewest bytes that any recipe can leave: what a target is measured against before it is called unreachable.
 
-Fewest experts and blocks in any case. Then either every component takes the scheme that makes it smallest, or, in the
-custom profile, experts are pruned to the sparsest pattern that divides their inputs and stored packed. Not both: zeros in
-quantized weights save nothing.
+Fewest experts and blocks in any case; in the custom profile, where layers may keep different counts, one expert in all.
+Then either every component takes the scheme that makes it smallest, or, in the custom profile, experts are pruned to the
+sparsest pattern that divides their inputs and stored packed. Not both: zeros in quantized weights save nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ _SMALLEST_SCHEMES: dict[Profile, tuple[str, ...]] = {"portable": ("W4A16", FLOAT
 def smallest_cut(inventory: Inventory, serving: Serving, profile: Profile = "portable") -> Cut:
     """Return the cut that leaves the fewest bytes of all that a recipe can ask for."""
     counts = workable_counts(inventory, expert_parallel=serving.expert_parallel) or [inventory.experts]
-    kept = Cut(counts[0], len(inventory.droppable) - 1)
+    refused = inventory.architecture.refuses
+    kept = Cut(counts[0], 0 if "block_drop" in refused else len(inventory.droppable) - 1)
+    if profile == "custom" and inventory.groups == 1 and serving.expert_parallel == 1 and "expert_drop" not in refused:
+        mixtures = sum(block.is_mixture for block in inventory.blocks) - kept.blocks_dropped
+        kept = replace(kept, experts_dropped=mixtures * kept.experts_kept - 1)
     if inventory.architecture.fused_on_disk:
         return kept
-    options = [kept, _quantized(inventory, kept, profile)]
+    options = [kept]
+    if "quantize" not in refused:
+        options.append(_quantized(inventory, kept, profile))
     if profile == "custom":
         options += _pruned(inventory, kept)
     return min(options, key=lambda cut: artifact_sizes(inventory, cut).total)
@@ -42,6 +48,8 @@ def _quantized(inventory: Inventory, kept: Cut, profile: Profile) -> Cut:
     }
     schemes: dict[Component, str] = {}
     for part in QUANTIZABLE:
+        if part in inventory.architecture.refuses:
+            continue
         best = min(after, key=lambda scheme, part=part: after[scheme][part])
         if part == "experts" or after[best][part] < before[part]:
             schemes[part] = best
@@ -50,7 +58,7 @@ def _quantized(inventory: Inventory, kept: Cut, profile: Profile) -> Cut:
 
 def _pruned(inventory: Inventory, kept: Cut) -> Iterator[Cut]:
     choices: tuple[frozenset[Component], ...] = (frozenset({"experts"}), frozenset({"experts", "shared_experts"}))
-    for pruned in choices:
+    for pruned in choices[: 1 if "shared_experts" in inventory.architecture.refuses else 2]:
         cut = replace(kept, pruned=pruned)
         common = gcd(*(inputs for _, inputs in matrices_to_prune(inventory, cut)))
         fitting = [length for length in range(2, LONGEST_PATTERN + 1) if common % length == 0]

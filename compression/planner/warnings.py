@@ -11,7 +11,20 @@ from typing import NamedTuple
 from compression.planner.inventory import Inventory
 from compression.planner.resolve import Resolved
 from compression.planner.sizes import MEMORY_CLASSES, SOLVED
-from compression.recipe import BITS, BlockDrop, Compression, ExpertDrop, Prune, Quantize, Recipe
+from compression.recipe import (
+    BITS,
+    Analyze,
+    AnyStep,
+    BlockDrop,
+    Compression,
+    ExpertDrop,
+    ExpertMerge,
+    ExpertSkip,
+    LayerDrop,
+    Prune,
+    Quantize,
+    Recipe,
+)
 
 
 class Warned(NamedTuple):
@@ -63,6 +76,9 @@ def _of_order(request: Compression, resolved: Resolved) -> Iterator[Warned]:
 
 def _of_trims(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
     before, after = inventory.experts, resolved.cut.experts_kept
+    if resolved.cut.experts_dropped:
+        layers = sum(block.is_mixture for block in inventory.blocks) - resolved.cut.blocks_dropped - resolved.cut.layers_dropped
+        after -= round(resolved.cut.experts_dropped / layers)
     if before <= 16 and 2 * after < before:
         yield Warned(
             "deep_expert_drop",
@@ -87,6 +103,12 @@ def _of_absent_parts(resolved: Resolved, inventory: Inventory) -> Iterator[Warne
 
 def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
     """Warn of what needs a loader of its own, of zeros that save nothing, and of bits that few engines read."""
+    if why := _own_loader(resolved):
+        yield Warned(
+            "needs_loader",
+            f"{why}, which no stock class knows: open the artifact with open_model of the slimtrim_runtime.py that ships in it, "
+            "or with trust_remote_code=True",
+        )
     if pattern := resolved.cut.pattern:
         yield Warned(
             "needs_loader",
@@ -100,6 +122,31 @@ def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) 
             "not_for_vllm",
             f"{', '.join(narrow)}: stock transformers opens the artifact, and unpacks it; vLLM reads 4 and 8 bits only",
         )
+
+
+def _own_loader(resolved: Resolved) -> str | None:
+    """Say what makes a trimmed model one that stock classes do not open; None if they do."""
+    cut = resolved.cut
+    if cut.experts_dropped:
+        return "layers keep different numbers of experts"
+    if cut.layers_dropped and cut.zero_dense_width is None:
+        return f"{cut.layers_dropped} blocks have no MoE layer"
+    if any(isinstance(step, ExpertSkip) for step in resolved.steps):
+        return "experts are skipped at run time"
+    return None
+
+
+def _reads_text(step: AnyStep) -> bool:
+    """Say whether a step goes by what calibration text shows of the untouched model."""
+    match step:
+        case ExpertDrop():
+            return step.criterion not in ("aimer", "random")
+        case ExpertSkip():
+            return step.beta == "median"
+        case ExpertMerge() | LayerDrop() | BlockDrop() | Analyze():
+            return True
+        case _:
+            return False
 
 
 def _why_dense(request: Compression, resolved: Resolved, inventory: Inventory) -> str:
@@ -120,7 +167,7 @@ def _why_dense(request: Compression, resolved: Resolved, inventory: Inventory) -
 def _of_text(request: Compression, resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
     text = request.calibration
     calibrated = any(isinstance(step, Prune | Quantize) and step.calibrated for step in resolved.steps)
-    trimmed = any(isinstance(step, ExpertDrop | BlockDrop) for step in resolved.steps)
+    trimmed = any(_reads_text(step) for step in resolved.steps)
     if text.source == "default" and (calibrated or trimmed):
         yield Warned(
             "default_calibration_text",

@@ -1,54 +1,157 @@
-"""Opens a model that slimtrim stored with packed zeros: a stock transformers model, unpacked while it loads.
+"""Opens a model that slimtrim stored in its custom profile, as the stock transformers model that it is but for its shape.
 
     from slimtrim_runtime import open_model
     model = open_model("folder/of/the/model")
 
-Pruned weights are stored without their zeros, as ``config.json`` says under ``"slimtrim"``. In place of ``P.weight``
-[O, I], of which n in every m consecutive inputs are kept, the files hold
+or, since ``config.json`` names this file in its ``auto_map``,
 
-* ``P.compressed`` [O, I n / m]: the kept values of each row, in order;
-* ``P.bitmask`` [O, ceil(I / 8)], uint8: bit j % 8 of byte j // 8 is set where input j is kept;
-* ``P.shape`` [2]: O and I.
+    model = AutoModelForCausalLM.from_pretrained("folder/of/the/model", trust_remote_code=True)
 
-This is the layout that compressed-tensors called sparse-24-bitmask up to its version 0.14, for any n:m. No stock loader
-reads it any more, and the stock one is kept from trying, since it would fill the gaps with random weights.
+What the model is made of beyond its family stands in ``config.json`` under ``"slimtrim"``:
+
+* ``"experts"``, per block: how many experts it has; ``null`` where it is dense; 0 where it lost its router with its
+  last expert, and keeps its norm and its shared experts; -1 where the whole MoE layer is gone, with its norm.
+* ``"skip"``, per block: the beta with which it skips experts at run time (``skip_experts``), or ``null``.
+* ``"sparse"``: pruned weights are stored without their zeros. In place of ``P.weight`` [O, I], of which n in every m
+  consecutive inputs are kept, the files hold
+
+  * ``P.compressed`` [O, I n / m]: the kept values of each row, in order;
+  * ``P.bitmask`` [O, ceil(I / 8)], uint8: bit j % 8 of byte j // 8 is set where input j is kept;
+  * ``P.shape`` [2]: O and I.
+
+  This is the layout that compressed-tensors called sparse-24-bitmask up to its version 0.14, for any n:m.
+
+No stock loader reads any of these, and the stock one is kept from trying: it would fill the gaps with random weights.
 
 The file stands alone: it needs torch, transformers and safetensors, and may be copied wherever the model goes.
 
-Shapes: O outputs, I inputs, K kept inputs, M bytes of mask; any leading dimensions.
+Shapes: O outputs, I inputs, K kept inputs, M bytes of mask, any leading dimensions; T tokens, C chosen experts, D width.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 SUFFIXES = (".compressed", ".bitmask", ".shape")
+_OURS = ("slimtrim", "auto_map", "transformers_weights")
 
 
 class CannotUnpack(ValueError):
     """A packed weight contradicts itself: the files are damaged."""
 
 
+def declared(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of config.json that say how a model is to be opened, and keep the stock loader from trying.
+
+    Stock transformers would warn of missing weights and make them up. A name of weights that is no safetensors file makes
+    it stop instead, with that name in its message.
+    """
+    way_out = f"trust_remote_code=True, or open_model of {Path(__file__).name}, which lies beside it"
+    return {
+        "slimtrim": dict(section),
+        "auto_map": {"AutoModelForCausalLM": f"slimtrim_runtime.{SlimtrimForCausalLM.__name__}"},
+        "transformers_weights": f"none that the stock loader reads: open this model with {way_out}",
+    }
+
+
+def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of a config.json without what is not meant for stock classes."""
+    # Stock classes read per_layer_config, and then refuse to build a model whose blocks differ in their experts.
+    ours = (*_OURS, "per_layer_config") if "slimtrim" in config else _OURS
+    return {key: value for key, value in config.items() if key not in ours}
+
+
 def open_model(folder: str | Path, **settings: Any) -> Any:
     """Return the model in ``folder`` as the stock class; ``settings`` are those of ``from_pretrained``."""
-    folder = Path(folder)
-    config = settings.pop("config", None) or AutoConfig.from_pretrained(folder)
-    for key in ("slimtrim", "transformers_weights"):  # true of the files alone; the second keeps the stock loader away from them
-        vars(config).pop(key, None)
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    opened = stock.from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
+    folder = _downloaded(folder, settings)
+    given = settings.pop("config", None)
+    config, section = _taken_apart(AutoConfig.from_pretrained(folder) if given is None else given)
+    stock = _stock_class(config)
+    opened = _shaped(stock, section).from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
+    model.__class__ = stock
+    if "experts" in section:
+        model.save_pretrained = partial(_save, model, {key: value for key, value in section.items() if key != "sparse"})
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return opened
+
+
+class SlimtrimForCausalLM:
+    """What ``AutoModelForCausalLM`` finds in this file: it opens models, and is the class of none."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **settings: Any) -> Any:
+        """Return the model as ``open_model`` does."""
+        return open_model(folder, **settings)
+
+    @classmethod
+    def _from_config(cls, config: Any, **settings: Any) -> Any:
+        config, section = _taken_apart(config)
+        stock = _stock_class(config)
+        model = _shaped(stock, section)._from_config(config, **settings)
+        model.__class__ = stock
+        return model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> None:
+        """Do nothing: a model that is saved again is one of the stock class."""
+
+
+def shape_(model: Any, section: Mapping[str, Any]) -> None:
+    """Bring a stock model, built on ``meta`` or new, into the shape that config.json describes under ``"slimtrim"``."""
+    if "experts" not in section:
+        return
+    blocks, config = model.get_decoder().layers, model.config.get_text_config(decoder=True)
+    for index, (count, beta) in enumerate(zip(section["experts"], section["skip"], strict=True)):
+        if count is None:
+            continue
+        if count == -1:
+            _replace_(blocks[index], section["layer"], _Nothing(section["layer_returns"]))
+            _replace_(blocks[index], section["norm"], nn.Identity())
+        elif count == 0:
+            _replace_(blocks[index], section["experts_module"], _Nothing(1))
+            _replace_(blocks[index], section["router"], _NoRouter())
+        else:
+            blocks[index] = with_experts(count, model, blocks[index], index, config, section)
+        if beta is not None:
+            experts = blocks[index].get_submodule(section["experts_module"])
+            experts._is_expert_parallel = True  # then the stock implementations know of ids that stand for nobody
+            experts.register_forward_pre_hook(partial(skip_experts, beta))
+
+
+def skip_experts(beta: float, experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave out, token by token, the experts that weigh little beside the others; what is called before ``experts``.
+
+    With a token's weights in descending order, the fewest i of them stay whose sum, times ``beta``, is above the sum of the
+    rest; they are scaled up to what all weighed. Of two experts the second is left out if it weighs less than beta times
+    the first, as in Lu et al., "Not All Experts are Equal", arXiv:2402.14800.
+    """
+    x_TD, ids_TC, weights_TC, *more = args
+    sorted_TC, order_TC = weights_TC.float().sort(dim=-1, descending=True, stable=True)
+    rest_TC = sorted_TC.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    kept_T1 = 1 + (rest_TC >= beta * sorted_TC.cumsum(-1)[:, :-1]).sum(-1, keepdim=True)
+    gone_TC = order_TC.argsort(-1) >= kept_T1
+    stay_TC = weights_TC.float().masked_fill(gone_TC, 0.0)
+    scaled_TC = stay_TC * (sorted_TC.sum(-1, keepdim=True) / stay_TC.sum(-1, keepdim=True))
+    weights_TC = torch.where(gone_TC.any(-1, keepdim=True), scaled_TC.to(weights_TC.dtype), weights_TC)
+    nobody: Any = experts.num_experts
+    if experts.config._experts_implementation == "eager":
+        # Not every family's own loop knows of nobody: its best expert, which runs anyway, takes the place with weight 0.
+        nobody = ids_TC.gather(-1, order_TC[:, :1])
+    return x_TD, torch.where(gone_TC, nobody, ids_TC), weights_TC, *more
 
 
 def with_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,3 +212,97 @@ class _Files(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._file_of)
+
+
+class _Nothing(nn.Module):
+    """Stands where a layer or a set of experts was, and answers zeros."""
+
+    def __init__(self, returns: int) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, x: Tensor, *_: Any) -> Any:
+        zeros = torch.zeros_like(x)
+        return zeros if self.returns == 1 else (zeros, *[None] * (self.returns - 1))
+
+
+class _NoRouter(nn.Module):
+    """Stands where a router was, and chooses none of no experts."""
+
+    def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        none_T0 = x.new_zeros(x.shape[:-1].numel(), 0)
+        return none_T0, none_T0, none_T0.long()
+
+
+def _replace_(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)
+
+
+def with_experts(count: int, model: Any, block: Any, index: int, config: Any, section: Mapping[str, Any]) -> Any:
+    """Return the block as its class builds it for so many experts; the block itself where it has as many."""
+    keys, top_k = section["count_keys"], getattr(config, section["top_k_key"])
+    if count >= top_k and all(getattr(config, key) == count for key in keys):
+        return block
+    own = deepcopy(config)
+    for key in keys:
+        setattr(own, key, count)
+    setattr(own, section["top_k_key"], min(top_k, count))
+    like, default = next(block.parameters()), torch.get_default_dtype()
+    torch.set_default_dtype(like.dtype)
+    try:
+        with torch.device(like.device):
+            new = type(block)(own, index)
+    finally:
+        torch.set_default_dtype(default)
+    for module in new.modules():
+        if getattr(module, "config", None) is own:
+            module.config = config  # the model's own, so that what is set there later is true of every block
+    if not like.is_meta:
+        new.apply(model._init_weights)
+    return new.train(block.training)
+
+
+def _stock_class(config: Any) -> Any:
+    """Return the stock class of a model: with all its towers, where it has several."""
+    towers = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (MODEL_FOR_MULTIMODAL_LM_MAPPING if towers else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+
+
+def _taken_apart(config: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the config as the stock class may see it, and our section of it."""
+    config = deepcopy(config)
+    section: dict[str, Any] = getattr(config, "slimtrim", {})
+    for key in _OURS:
+        vars(config).pop(key, None)
+    if section:
+        config.per_layer_config = None  # with it, stock classes refuse to be built
+    return config, section
+
+
+def _shaped(stock: Any, section: Mapping[str, Any]) -> Any:
+    """Return a stock model's class that shapes what it builds; it goes by the stock class's name."""
+
+    def build(self: Any, *args: Any, **settings: Any) -> None:
+        stock.__init__(self, *args, **settings)
+        shape_(self, section)
+
+    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
+
+
+def _save(model: Any, section: Mapping[str, Any], folder: str | Path, *args: Any, **settings: Any) -> None:
+    """Save a model that the stock loader cannot open so that this file opens it again."""
+    type(model).save_pretrained(model, folder, *args, **settings)
+    path = Path(folder) / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **declared(section)}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(__file__, path.with_name("slimtrim_runtime.py"))
+
+
+def _downloaded(folder: str | Path, settings: dict[str, Any]) -> Path:
+    """Return the folder itself, or where the hub's repository of that name lies once it has been fetched."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+    hub = {name: settings.pop(name) for name in names if name in settings}
+    if Path(folder).is_dir():
+        return Path(folder)
+    return Path(snapshot_download(str(folder), **hub))

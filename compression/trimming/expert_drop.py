@@ -12,8 +12,8 @@ the expert whether it chose it or not, and f the expert's output before the weig
     aimer           -|w|_1 / (sqrt(n) |w|_2)  AIMER, arXiv:2603.18492: the peakier the weights, the more is kept; no tokens
     random          a seeded draw         what every criterion must beat
 
-Two criteria value sets rather than experts: ``hope`` (``pairwise.py``) and ``reconstruction`` (``reconstruction.py``). Scores come
-from the model's own choice of experts, so they hold for every kind of router.
+Two criteria value sets rather than experts: ``hope`` (``pairwise.py``) and ``reconstruction`` (``reconstruction.py``). Scores
+come from the model's own choice of experts, so they hold for every kind of router.
 
 With scope ``layer`` every MoE layer keeps equally many. With ``global`` one budget is shared: experts go in the order of their
 score over their layer's mean, wherever they are, and a layer may lose all of them.

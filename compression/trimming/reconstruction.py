@@ -51,7 +51,7 @@ class Search:
         kept_n = torch.tensor(kept)
         router = self._routers.setdefault(len(kept), self._make(len(kept)))
         extra = _adapt_(router, self._sample, kept_n)
-        _, weights_SK, ids_SK = router(self._sample.logits_SE, *extra)
+        _, weights_SK, ids_SK = router(self._sample.logits_SE.float(), *extra)
         return weights_SK, kept_n[ids_SK]
 
     def _squares(self, change_SE: Tensor, ids_SC: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ class Search:
         again_SE = torch.zeros_like(weights_SE).scatter_add(1, ids_SK, weights_SK.double())
         if not torch.allclose(again_SE, weights_SE, atol=_AGREEMENT * float(weights_SE.max()), rtol=0):
             raise ImpossibleStep(
-                "criterion reconstruction asks the router again about fewer experts, and this family's does not answer alone as it "
-                "does in the model; use reap"
+                "criterion reconstruction asks the router again about fewer experts, and this family's does not answer alone "
+                "as it does in the model; use reap"
             )
 
 

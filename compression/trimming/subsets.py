@@ -54,7 +54,7 @@ def rounds(loss: Loss, among: Sequence[int], count: int, routing: Routing) -> li
             # The other groups stand in with their first, or with what has been chosen for them: counts stay equal.
             others = [going[other] if other < place else rest[0] for other, rest in enumerate(left) if other != place]
             everyone = {expert for rest in left for expert in rest} - set(others)
-            going.append(min(group, key=lambda expert: loss(tuple(sorted(everyone - {expert})))))  # noqa: B023
+            going.append(min(group, key=lambda expert: loss(tuple(sorted(everyone - {expert})))))
         left = [[expert for expert in group if expert not in going] for group in left]
         after = loss(tuple(sorted(expert for group in left for expert in group)))
         order.append(Round(after - before, tuple(going)))

@@ -147,7 +147,7 @@ def test_the_smallest_possible_size_is_reached_by_the_recipe_that_asks_for_every
 
 def test_what_is_not_built_is_refused_before_the_checkpoint_is_looked_at():
     with pytest.raises(NotAvailable):
-        make_plan(request({"step": "analyze"}), checkpoint({}, {}))
+        make_plan(request({"step": "recover", "method": "lora"}), checkpoint({}, {}))
 
 
 def test_a_quantized_source_is_refused():

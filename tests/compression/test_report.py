@@ -79,7 +79,7 @@ def test_blocks_and_experts_that_are_gone_are_counted_and_blocks_named():
 
     assert worst_first(QUALITY, blocks, ())[1:] == (
         "1 of 4 blocks are gone: 2.",
-        "10 experts are gone from the blocks that stay.",
+        "10 experts are gone from the MoE layers that stay.",
     )
 
 

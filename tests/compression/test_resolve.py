@@ -9,7 +9,19 @@ from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfil
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.resolve import Resolved, resolve, workable_counts
 from compression.planner.sizes import Cut, artifact_sizes
-from compression.recipe import Analyze, ExpertDrop, Pattern, Profile, Quantize, Recipe, Serving
+from compression.recipe import (
+    BlockDrop,
+    ExpertDrop,
+    ExpertMerge,
+    ExpertSkip,
+    LayerDrop,
+    Pattern,
+    Profile,
+    Quantize,
+    Recipe,
+    Recover,
+    Serving,
+)
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 
@@ -210,7 +222,7 @@ def test_a_width_that_devices_cannot_share_is_not_loadable():
 
 def test_a_step_without_a_resolution_is_refused_and_not_skipped():
     with pytest.raises(NotAvailable):
-        resolve(Recipe(steps=(Analyze(),)), Serving(), inventory_of())
+        resolve(Recipe(steps=(Recover(method="lora"),)), Serving(), inventory_of())
 
 
 @pytest.mark.parametrize("setting", ["scheme", "attention", "shared_experts", "dense"])
@@ -372,3 +384,108 @@ def test_steps_that_share_a_calibration_pass_must_agree_on_it(setting: str, valu
 )
 def test_a_step_that_needs_no_calibration_agrees_with_any(steps: list[dict[str, Any]]):
     assert resolved(*steps).cut.schemes == {"experts": "W4A16"}
+
+
+def dense_between() -> Any:
+    """Six blocks of a Qwen, dense in the middle: runs of mixtures are two or three blocks long."""
+    return qwen(blocks=6, dense=(2,))
+
+
+def refused(steps: list[Any], family: Any = mixtral, profile: Profile = "custom", **serving: int) -> RequestError:
+    with pytest.raises(RequestError) as refusal:
+        resolve(Recipe(steps=tuple(steps)), Serving(**serving), inventory_of(family), profile=profile)
+    return refusal.value
+
+
+def test_layers_that_differ_need_the_custom_profile():
+    for step, place in (
+        (ExpertDrop(scope="global", experts_kept=4), "/scope"),
+        (LayerDrop(layers_dropped=1), ""),
+        (ExpertSkip(), ""),
+    ):
+        error = refused([step], profile="portable")
+
+        assert isinstance(error, NotLoadableInProfile)
+        assert error.pointer == f"/recipe/steps/0{place}"
+        assert 'profile "custom"' in error.message
+
+
+def test_stock_classes_that_list_dense_blocks_are_told_of_dropped_layers():
+    cut = resolve(Recipe(steps=(LayerDrop(layers_dropped=1),)), Serving(), inventory_of(qwen)).cut
+
+    assert cut.layers_dropped == 1
+    assert cut.zero_dense_width == inventory_of(qwen).config["intermediate_size"]  # that of the dense block it has
+
+
+def test_at_least_one_moe_layer_stays():
+    error = refused([BlockDrop(blocks_dropped=1), LayerDrop(layers_dropped=3)])
+
+    assert isinstance(error, ImpossibleStep)
+    assert error.pointer == "/recipe/steps/1/layers_dropped"
+    assert "at most 2" in error.message
+
+
+def test_blocks_are_chosen_from_those_that_still_have_their_layer():
+    error = refused([LayerDrop(layers_dropped=2), BlockDrop(blocks_dropped=2)])
+
+    assert error.pointer == "/recipe/steps/1/blocks_dropped"
+    assert "2 blocks that it chooses from" in error.message
+
+
+def test_a_span_longer_than_what_is_sure_to_be_left_is_refused():
+    resolve(Recipe(steps=(BlockDrop(blocks_dropped=3, selection="consecutive"),)), Serving(), inventory_of())
+
+    error = refused(
+        [BlockDrop(blocks_dropped=1), BlockDrop(blocks_dropped=2, selection="consecutive"), BlockDrop(blocks_dropped=1)]
+    )
+    assert error.pointer == "/recipe/steps/2/blocks_dropped"
+    error = refused([LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=3, selection="consecutive")], family=dense_between)
+    assert isinstance(error, ImpossibleStep)
+    assert "in a row" in error.message
+
+
+def test_a_global_budget_is_counted_over_what_is_left_and_spent_last():
+    steps = (ExpertDrop(scope="global", experts_kept=3), LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=1))
+
+    resolved = resolve(Recipe(steps=steps), Serving(), inventory_of(), profile="custom")
+
+    assert [step.step for step in resolved.steps] == ["layer_drop", "block_drop", "expert_drop"]
+    assert resolved.cut.experts_dropped == 2 * (inventory_of().experts - 3)
+
+
+def test_two_budgets_add_up():
+    halves = (ExpertDrop(scope="global", fraction_dropped=0.5), ExpertDrop(scope="global", fraction_dropped=0.5))
+    whole, layers = inventory_of().experts, len(inventory_of().blocks)
+
+    cut = resolve(Recipe(steps=halves), Serving(), inventory_of(), profile="custom").cut
+
+    assert cut.experts_dropped == layers * whole * 3 // 4
+
+
+def test_a_budget_that_leaves_nobody_or_more_than_there_are_is_refused():
+    more = refused([ExpertDrop(experts_kept=3), ExpertDrop(scope="global", experts_kept=4)])
+    nobody = refused([ExpertDrop(scope="global", fraction_dropped=0.999)])
+
+    assert more.pointer == "/recipe/steps/1/experts_kept"
+    assert "3.00 are left" in more.message
+    assert "at least 1 must stay" in nobody.message
+
+
+def test_layers_that_differ_cannot_be_spread_over_devices():
+    error = refused([ExpertDrop(scope="global", experts_kept=3)], expert_parallel=2)
+
+    assert isinstance(error, NotLoadableInProfile)
+    assert error.pointer == "/serving/expert_parallel"
+
+
+def test_a_merge_is_bound_like_a_drop():
+    assert resolve(Recipe(steps=(ExpertMerge(experts_kept=3),)), Serving(), inventory_of()).cut.experts_kept == 3
+
+    error = refused([ExpertMerge(experts_kept=1)])
+    assert error.message.startswith("expert_merge would keep 1 experts")
+    assert "expert_merge cannot keep 5 experts" in refused([ExpertMerge(experts_kept=5)], family=deepseek).message
+
+
+def test_a_seed_that_nothing_draws_with_is_a_misunderstanding():
+    with pytest.raises(ValueError, match="draws no lots"):
+        ExpertDrop(criterion="reap", experts_kept=2, seed=3)

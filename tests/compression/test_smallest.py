@@ -45,6 +45,23 @@ def test_no_recipe_goes_below_the_smallest_cut(family: Any, profile: Profile):
                 assert artifact_sizes(inventory, cut).total >= smallest
 
 
+@pytest.mark.parametrize("family", [mixtral, qwen, gpt_oss])
+def test_one_budget_reaches_down_to_the_smallest_cut_and_not_below(family: Any):
+    inventory = inventory_of(family)
+    smallest = smallest_cut(inventory, Serving(), "custom")
+    mixtures = sum(block.is_mixture for block in inventory.blocks) - smallest.blocks_dropped
+
+    steps = (
+        BlockDrop(blocks_dropped=smallest.blocks_dropped),
+        ExpertDrop(scope="global", fraction_dropped=1 - 1 / (mixtures * inventory.experts)),
+    )
+    cut = resolve(Recipe(steps=steps), Serving(), inventory, profile="custom").cut
+
+    left = {cut.experts_kept * mixtures - cut.experts_dropped, smallest.experts_kept * mixtures - smallest.experts_dropped}
+    assert left == {1}
+    assert artifact_sizes(inventory, cut).components == artifact_sizes(inventory, smallest.dense()).components
+
+
 def test_the_smallest_cut_is_one_that_a_recipe_can_ask_for():
     inventory = inventory_of(deepseek)
 
@@ -52,7 +69,7 @@ def test_the_smallest_cut_is_one_that_a_recipe_can_ask_for():
         8, 2, {"experts": "W4A16", "attention": "W4A16", "shared_experts": "W4A16", "dense": "W4A16"}, -1
     )
     assert smallest_cut(inventory, Serving(expert_parallel=3)).experts_kept == 12
-    assert smallest_cut(inventory_of(gpt_oss), Serving(), "custom") == Cut(2, 3)
+    assert smallest_cut(inventory_of(gpt_oss), Serving(), "custom") == Cut(2, 3, experts_dropped=1)
 
 
 def test_the_custom_profile_reaches_two_bits():
@@ -65,7 +82,9 @@ def test_where_experts_are_nearly_all_of_a_model_one_weight_in_64_undercuts_two_
     # Per weight: 16/64 bits and one for the mask against two; the attention stays whole for it.
     inventory = inventory_of(experts=64, hidden=64, width=1024, kv=8, top_k=8)
 
-    assert smallest_cut(inventory, Serving(), "custom") == Cut(8, 3, pattern=Pattern(1, 64), pruned=frozenset({"experts"}))
+    assert smallest_cut(inventory, Serving(), "custom") == Cut(
+        8, 3, pattern=Pattern(1, 64), pruned=frozenset({"experts"}), experts_dropped=7
+    )
 
 
 def test_matrices_too_tiny_to_shrink_stay_whole_in_the_smallest_cut():

@@ -19,6 +19,7 @@ from compression.slim import Slimming
 from compression.sweep import Stream
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_config
+from compression.trimming.view import TrimmedReader
 from tests.tiny_models import MODEL_TYPES, VARIANTS
 
 IDS_NS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -37,13 +38,13 @@ def cut(source, out, architecture, *, blocks=None, experts=None):
     kept = tuple(range(count)) if blocks is None else blocks
     ids = tuple(range(8)) if experts is None else experts
     cuts = Cuts(kept, {b: ids for b in mixtures if b in kept})
-    config = cut_config(reader.config, architecture, cuts, experts=None if experts is None else len(experts))
-    writer, outside = Writer(out, config), reader.outside()
+    trimmed = TrimmedReader(reader, architecture, cuts)
+    writer, outside = Writer(out, trimmed.config), trimmed.outside()
     writer.outside(outside)
-    shell = Shell(config, outside)
+    shell = Shell(trimmed.config, outside)
     witness = Stream(shell, IDS_NS)
-    compressor = Compressor(architecture, cuts, Slimming(None, None), shell, shell, writer, calibration=None, witness=witness)
-    compressor.run(reader, lambda *_: None)
+    compressor = Compressor(architecture, Slimming(None, None), shell, shell, writer, calibration=None, witness=witness)
+    compressor.run(trimmed, lambda *_: None)
     writer.finish(source)
     return next(witness.logits(shell))
 
