@@ -116,22 +116,17 @@ def _merge_or_drop(weighed: Layers, sampled: Layers) -> list[Finding]:
 def _idle(study: Study, seen: Layers) -> list[Finding]:
     layers = {block: layer.layer_cosine for block, layer in seen.items()}
     blocks = {block: study.cosine(block) for block in sorted(study.cosine_M)}
-    found: list[Finding] = []
-    for what, step, cosines in (("MoE layer", "layer_drop", layers), ("block", "block_drop", blocks)):
-        if not cosines:
-            continue
-        code = f"idle_{step.removesuffix('_drop')}s"
-        idle = [block for block in _highest(cosines) if cosines[block] >= IDLE_COSINE]
-        top = max(cosines, key=lambda block: cosines[block])
-        if not idle:
-            text = f"No {what} is idle: that of block {top} changes its input least, with a cosine of {cosines[top]:.2f}."
-            found.append(Finding(f"no_{code}", text, (), {"cosine": {top: cosines[top]}}))
-            continue
-        text = (
-            f"Candidates for {step} are {_blocks(idle)}: their {what} hardly turns its input (cosine up to {cosines[top]:.3f})."
-        )
-        found.append(Finding(code, text, tuple(idle), {"cosine": {block: cosines[block] for block in idle}}))
-    return found
+    return [_least("layer", "their MoE layers", layers), *([_least("block", "they", blocks)] if blocks else [])]
+
+
+def _least(what: str, whose: str, cosines: Mapping[int, float]) -> Finding:
+    top = max(cosines, key=lambda block: cosines[block])
+    idle = tuple(block for block in _highest(cosines) if cosines[block] >= IDLE_COSINE)
+    if not idle:
+        text = f"No {what} is idle: the least that one changes its input is a cosine of {cosines[top]:.2f}, in block {top}."
+        return Finding(f"no_idle_{what}s", text, (), {"cosine": {top: cosines[top]}})
+    text = f"Candidates for {what}_drop are {_blocks(idle)}: {whose} hardly turn what enters (cosine up to {cosines[top]:.3f})."
+    return Finding(f"idle_{what}s", text, idle, {"cosine": {block: cosines[block] for block in idle}})
 
 
 def _to_spare(seen: Layers, sampled: Layers) -> list[Finding]:
@@ -170,11 +165,10 @@ def _loudness(seen: Layers) -> list[Finding]:
         return []
     mean = _mean(correlations.values())
     numbers = {"correlation": mean, "by_block": correlations}
-    said = f"rank correlation of routing weight and output norm {mean:+.2f}"
+    low, high = min(correlations.values()), max(correlations.values())
+    said = f"rank correlation of routing weight and output norm {mean:+.2f} on average, {low:+.2f} to {high:+.2f} by block"
     if mean >= LOUD:
-        text = (
-            f"The router prefers experts with large outputs ({said}): scores that multiply both, such as reap, are well founded."
-        )
+        text = f"The router prefers experts with large outputs ({said}): scores that multiply both, as reap, are well founded."
         return [Finding("router_prefers_loud", text, tuple(correlations), numbers)]
     if mean <= -LOUD:
         text = f"The router prefers experts with small outputs ({said}): norm and weight disagree, so compare criteria."

@@ -140,7 +140,7 @@ def _expert(tensors: Mapping[str, Tensor], architecture: Architecture, block: in
         return _Expert([gate, up, down.mT], biases[:2], biases[2:])
     both_EXX, down_EXX, *biases = (tensors[name] for name in names)
     both, down = both_EXX[expert], down_EXX[expert]
-    if both.shape[1] == 2 * down.shape[0]:  # inputs first
+    if both.shape[1] == 2 * down.shape[0]:  # inputs first; with outputs first, both have as many inputs as down has outputs
         both, down = both.mT, down.mT
     return _Expert(
         [*_halves(both, architecture), down.mT],
@@ -160,20 +160,12 @@ def _halves(both: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor]:
 def _names(tensors: Mapping[str, Tensor], architecture: Architecture, block: int, expert: int) -> list[str]:
     """Return the saved names of an expert's matrices, and then of their biases where it has them."""
     if architecture.fused_on_disk:
-        stacks = [name for name, tensor in tensors.items() if architecture.component_of(name) == "experts" and tensor.dim() == 3]
-        one, other = stacks
-        gate_up_down = [one, other] if _feeds(tensors[one], tensors[other]) else [other, one]
+        gate_up_down = [f"{architecture.prefix(block)}{place}" for place in architecture.fused_places]
         biases = [f"{name}_bias" for name in gate_up_down]
     else:
         stems = [f"{architecture.experts_prefix(block)}.{expert}.{matrix}" for matrix in architecture.gate_up_down]
         gate_up_down, biases = [f"{stem}.weight" for stem in stems], [f"{stem}.bias" for stem in stems]
     return gate_up_down + [name for name in biases if name in tensors]
-
-
-def _feeds(one_EXX: Tensor, other_EXX: Tensor) -> bool:
-    """Return whether the first is gate and up, and the second down: then it has two rows for each input of the other."""
-    (_, first, second), (_, rows, columns) = one_EXX.shape, other_EXX.shape
-    return (first, second) in ((2 * columns, rows), (columns, 2 * rows))
 
 
 def _pairs(experts: Sequence[int], centroids: Sequence[int]) -> list[tuple[int, int]]:
