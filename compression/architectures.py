@@ -19,7 +19,7 @@ from compression.errors import BrokenCheckpoint, NotAMoE, UnsupportedArchitectur
 Component = Literal["experts", "attention", "router", "shared_experts", "dense", "embeddings", "other"]
 COMPONENTS: tuple[Component, ...] = ("experts", "attention", "router", "shared_experts", "dense", "embeddings", "other")
 
-Refusable = Literal["quantize", "awq", "attention", "shared_experts", "dense", "block_drop", "prune"]
+Refusable = Literal["quantize", "awq", "attention", "shared_experts", "dense", "block_drop", "layer_drop", "prune"]
 
 EXPERT_COUNT_SPELLINGS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Every spelling of the expert count that engines read; whichever a source config holds is kept true."""
@@ -342,8 +342,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             varied_blocks=True,
             **_SHARED,
             **_GROUPS,
-            **_SIGMOID,
             **_TYPED,
+            router_scores="sigmoid",
+            refuses={"awq": _NORM_READERS, "layer_drop": "a norm of its own stands inside the MoE layer of its live blocks"},
         ),
         Architecture(
             "deepseek_v32",

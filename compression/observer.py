@@ -51,6 +51,7 @@ class Observer:
         self._domain_N = domain_N
         self._spans = _Spans(len(domains))
 
+    @torch.no_grad()
     def visit(self, index: int, block: nn.Module, stream: Stream) -> None:
         """Push the stream through the block and add up what it shows."""
         layer = moe_layer(self._architecture, block)

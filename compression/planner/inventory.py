@@ -23,7 +23,7 @@ from compression.architectures import (
     find_architecture,
 )
 from compression.checkpoint.headers import Checkpoint, TensorHeader
-from compression.errors import BrokenCheckpoint, NotAMoE, QuantizedSource
+from compression.errors import BrokenCheckpoint, NotAMoE, QuantizedSource, UnsupportedArchitecture
 from compression.planner.unpacked import QUANTIZATION_KEYS, Unpacked, is_quantized, unpack_headers
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -109,6 +109,7 @@ class Inventory:
 
 def take_inventory(checkpoint: Checkpoint) -> Inventory:
     """Return what the checkpoint holds, or refuse it: unknown family, no experts, quantized in ways unknown, broken."""
+    _refuse_our_own(checkpoint.config)
     source, (checkpoint, unpacked) = checkpoint, dense_checkpoint(checkpoint)
     architecture = find_architecture(checkpoint.config)
     config = architecture.settings(checkpoint.config)
@@ -174,6 +175,14 @@ def _top_k(architecture: Architecture, config: Mapping[str, Any]) -> int:
     value: object = config.get(key)
     listed = cast("list[object]", value) if isinstance(value, list) else []
     return config_count({key: listed[0]} if listed and listed == listed[:1] * len(listed) else config, key)
+
+
+def _refuse_our_own(config: Mapping[str, Any]) -> None:
+    """Refuse an artifact of the custom profile: its blocks differ, or its zeros are packed, and steps would count wrongly."""
+    if "slimtrim" in config:
+        raise UnsupportedArchitecture(
+            "this checkpoint was made by slimtrim in its custom profile, which is not compressed again; start from its original"
+        )
 
 
 def _agreed_expert_count(architecture: Architecture, config: Mapping[str, Any]) -> int:

@@ -163,6 +163,7 @@ def _layers_left(inventory: Inventory, cut: Cut) -> int:
 def _layers_dropped(step: LayerDrop, pointer: str, cut: Cut, *, target: _Target) -> Cut:
     """Return the cut without so many more MoE layers, spelt as a stock class reads it where the profile asks for that."""
     inventory = target.inventory
+    _refuse_part("layer_drop", pointer, inventory)
     candidates = len(inventory.droppable)
     taken = cut.blocks_dropped + cut.layers_dropped + step.layers_dropped
     if taken >= candidates:
@@ -300,6 +301,12 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
     for component in parts:
         if wanted[component] != "keep":
             _refuse_part(component, f"{pointer}/{component}", target.inventory)
+    if step.dense != "keep" and cut.zero_dense_width is not None and all(block.is_mixture for block in target.inventory.blocks):
+        raise ImpossibleStep(
+            f"dense {step.dense}: the only dense layers of this model will be those of zeros that stand for dropped MoE layers; "
+            "leave dense out",
+            pointer=f"{pointer}/dense",
+        )
     cut = replace(cut, schemes={component: scheme for component, scheme in wanted.items() if scheme != "keep"})
     if target.profile == "portable":
         _refuse_few_bits(cut, pointer)

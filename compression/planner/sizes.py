@@ -189,11 +189,20 @@ def _of_moe_layer(inventory: Inventory, cut: Cut) -> dict[Component, int]:
         is_norm = inventory.architecture.place_of(tensor.name_in_source).startswith(norm)
         if tensor.component in MOE_LAYER or (is_norm and cut.zero_dense_width is None):
             gone[tensor.component] += tensor.bytes
-    if cut.zero_dense_width is not None:
-        width = config_count(inventory.config, "hidden_size")
-        dtype = next(part.header.dtype for part in block.parts if part.component == "router" and len(part.header.shape) == 2)
-        gone["dense"] -= 3 * cut.zero_dense_width * width * DTYPE_BITS[dtype] // 8
+    gone["dense"] -= _dense_layer_of_zeros(inventory, cut, block)
     return gone
+
+
+def _dense_layer_of_zeros(inventory: Inventory, cut: Cut, block: Block) -> int:
+    """Return the bytes of what stands where a MoE layer was: stored as the model's dense layers are, where it has any."""
+    if cut.zero_dense_width is None:
+        return 0
+    real = next((other for other in inventory.blocks if not other.is_mixture), None)
+    if real is not None:
+        tensors = planned_tensors(inventory, cut, real)
+        return sum(tensor.bytes for tensor in tensors if tensor.component == "dense")
+    largest = max((part.header for part in block.parts), key=lambda header: prod(header.shape))
+    return 3 * cut.zero_dense_width * config_count(inventory.config, "hidden_size") * DTYPE_BITS[largest.dtype] // 8
 
 
 def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
