@@ -113,9 +113,7 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> 
 
 def _only_custom(step: AnyStep, pointer: str, profile: Profile, why: str) -> None:
     if profile != "custom":
-        raise NotLoadableInProfile(
-            f'{step.step}: {why}; ask for profile "custom", which opens with its own loader', pointer=pointer
-        )
+        raise NotLoadableInProfile(f'{step.step}: {why}; profile "custom" opens with its own loader', pointer=pointer)
 
 
 def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Target) -> int:

@@ -306,6 +306,9 @@ def _block_cache(inventory: Inventory, block: Block, context: int) -> int:
     places = ("kv_a_proj_with_mqa", "indexer.wk") if row.latent_attention else ("k_proj", "v_proj")
     names = {f"{module}.{place}.weight" for module in row.attention for place in places}
     projections = [part.header for part in block.parts if part.place in names]
+    if row.attention == ("self_attn",):  # where nothing stands in for attention, it must have what fills the cache
+        for place in places[: 1 if row.latent_attention else 2]:
+            block.header(f"self_attn.{place}.weight")
     per_token = sum(prod(header.shape[:1]) * DTYPE_BITS[header.dtype] // 8 for header in projections)
     return per_token * min(context, _window(inventory, block.index) or context)
 

@@ -25,7 +25,7 @@ def test_a_step_that_is_listed_as_available_is_accepted_and_another_is_refused(f
         "layer_drop": {"layers_dropped": 1}, "block_drop": {"blocks_dropped": 1}, "recover": {"method": "lora"},
     }  # fmt: skip
     for step in face.client.get("/v1/steps").json()["data"]:
-        body = face.body(recipe={"steps": [{"step": step["name"], **smallest.get(step["name"], {})}]})
+        body = face.body(recipe={"steps": [{"step": step["name"], **smallest.get(step["name"], {})}]}, profile="custom")
         answer = face.client.post("/v1/plans", json=body)
 
         assert (answer.status_code == 200) == step["available"], step["name"]

@@ -123,15 +123,6 @@ def test_every_fault_is_told_at_once(face: Face):
         ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
         ({"evaluation": {"speed": True}}, "/evaluation/speed"),
         ({"recipe": {"steps": [{"step": "recover", "method": "lora"}]}}, "/recipe/steps/0/step"),
-        ({"recipe": {"steps": [{"step": "layer_drop", "layers_dropped": 1}]}}, "/recipe/steps/0/step"),
-        (
-            {"recipe": {"steps": [{"step": "expert_drop", "experts_kept": 4, "criterion": "aimer"}]}},
-            "/recipe/steps/0/criterion",
-        ),
-        (
-            {"recipe": {"steps": [{"step": "block_drop", "blocks_dropped": 1, "selection": "consecutive"}]}},
-            "/recipe/steps/0/selection",
-        ),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(face: Face, members: dict[str, Any], pointer: str):

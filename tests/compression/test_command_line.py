@@ -42,7 +42,7 @@ def test_a_recipe_file_compresses_a_folder_and_prints_what_was_lost(tiny_model_f
         ("steps: [{step: quantize, bits: 4}]", "bits"),
         ("steps: [", "cannot read"),
         ("just words", "neither a list of steps nor a request"),
-        ("steps: [{step: expert_skip}]", "not_available"),
+        ("steps: [{step: recover, method: lora}]", "not_available"),
         ("steps: [{step: quantize, scheme: W3A16}]", "not_loadable_in_profile"),
         ("steps: [{step: expert_drop, experts_kept: 1}]", "impossible_step"),
     ],

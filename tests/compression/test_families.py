@@ -195,10 +195,12 @@ def logits_without(folder, experts):
     """Logits of the original model with the dropped blocks skipped: no block knows that its place has changed."""
     reader, row = Reader(folder), row_of(folder)
     everything = tuple(range(row.block_count(reader.config)))
-    shell = Shell(cut_config(reader.config, row, Cuts(everything, {}), experts=4), reader.outside())
+    counts = {source: kept or () for source, kept in experts.items() if kept is not None}
+    uniform = Cuts(everything, {source: (0, 1, 2, 3) for source in everything if row.router_name(source) in reader.dense.tensors})
+    shell = Shell(cut_config(reader.config, row, uniform), reader.outside())
     stream = Stream(shell, IDS_NS)
-    for source, kept in experts.items():
-        saved_block = cut_block(reader.block(source), row, source=source, index=source, experts=kept)
+    for source in experts:
+        saved_block = cut_block(reader.block(source), row, Cuts(everything, counts), source)
         with shell.live(source, saved_block) as block:
             stream.push(source, block)
     return torch.cat(list(stream.logits(shell)))
