@@ -38,6 +38,7 @@ def warnings_of(request: Compression, resolved: Resolved, inventory: Inventory, 
     """Yield every warning about a resolved request; ``needed``: bytes that working on one block takes."""
     yield from _of_order(request, resolved)
     yield from _of_trims(resolved, inventory)
+    yield from _of_merges(resolved)
     yield from _of_absent_parts(resolved, inventory)
     yield from _of_engines(request, resolved, inventory)
     yield from _of_text(request, resolved, inventory)
@@ -90,6 +91,15 @@ def _of_trims(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
                 "weak_criterion",
                 f"frequency ruins generation on models of many experts (here {before}); reap keeps far more",
             )
+
+
+def _of_merges(resolved: Resolved) -> Iterator[Warned]:
+    if any(isinstance(step, ExpertMerge) for step in resolved.steps):
+        yield Warned(
+            "merge_needs_likeness",
+            "expert_merge is for experts that were copied from one dense model; on experts trained from scratch expert_drop by reap "
+            "kept more every time it was tried, and analyze says which kind a model is",
+        )
 
 
 def _of_absent_parts(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
