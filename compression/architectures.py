@@ -102,7 +102,11 @@ class Architecture:
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     """How the router turns its logits into probabilities."""
     feed_forward_norm: str = "post_attention_layernorm"
-    """The norm that router, experts, shared experts or dense layer read, and nothing else does."""
+    """The norm that goes with the MoE layer or dense layer: they alone read it, or it alone reads them."""
+    layer_entry: str | None = None
+    """Live module that is given the residual stream as it is before the MoE layer; the norm above where there is no other."""
+    parallel: bool = False
+    """Whether attention and MoE layer stand side by side: both read one norm, and both are added to the residual stream."""
     attention_norms: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")),
         ("self_attn.q_a_layernorm", ("q_b_proj",)),
@@ -406,7 +410,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             gate_up_down=("w1", "w3", "w2"),
             expert_width_key="intermediate_size",
             varied_blocks=True,
-            refuses={"awq": _NORM_READERS, "attention": _MIXED},
+            layer_entry="mlp",
+            refuses={
+                "awq": _NORM_READERS,
+                "attention": _MIXED,
+                "layer_drop": "what its norm gives is also what is carried on, so it cannot go with the MoE layer",
+            },
         ),
         Architecture(
             "ernie4_5_moe",
@@ -457,6 +466,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_prefix_key="num_dense_layers",
             dense_prefix=1,
             router_scores="sigmoid",
+            feed_forward_norm="pre_mlp_layernorm",
             refuses={"awq": _NORM_READERS},
         ),
         Architecture(
@@ -493,6 +503,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             dense_prefix_key="num_dense_layers",
             dense_prefix=2,
             router_scores="sigmoid",
+            feed_forward_norm="ffn_norm",
             tied=True,
             dense_matrices=r"feed_forward\.w[123]",
             refuses={"awq": _NORM_READERS, "attention": _MIXED},
@@ -510,6 +521,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             mixture_period=(("expert_layer_period", 2), ("expert_layer_offset", 1)),
             dense_matrices=r"feed_forward\.(gate|up|down)_proj",
             per_layer_lists=(),
+            feed_forward_norm="pre_ff_layernorm",
             period_keys=("attn_layer_period", "expert_layer_period"),
             expert_width_key="intermediate_size",
             refuses={
@@ -523,7 +535,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("num_experts",),
             expert_width_key="intermediate_size",
             tied=True,
-            refuses={"awq": _NORM_READERS},
+            feed_forward_norm="input_layernorm",
+            parallel=True,
+            refuses={"awq": _NORM_READERS, "layer_drop": "its MoE layer shares its norm with attention, which still needs it"},
             **_SHARED,
             **_TYPED,
         ),
@@ -539,7 +553,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             refuses={"awq": _NORM_READERS},
         ),
         Architecture(
-            "flex_olmo", ("num_experts",), moe="mlp", expert_width_key="intermediate_size", refuses={"awq": _NORM_READERS}
+            "flex_olmo",
+            ("num_experts",),
+            moe="mlp",
+            expert_width_key="intermediate_size",
+            feed_forward_norm="post_feedforward_layernorm",
+            layer_entry="mlp",
+            refuses={"awq": _NORM_READERS},
         ),
         Architecture(
             "mellum",

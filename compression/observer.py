@@ -116,7 +116,7 @@ class _Watch:
         self.statistics: ExpertStatistics | None = None
         self._architecture, self._count, self._stream, self._layer = architecture, count, stream, layer
         self._batch = 0
-        self._probability_TE = self._before_TD = torch.empty(0)
+        self._probability_TE = self._before_TD = self._added_TD = torch.empty(0)
         self._kept: list[tuple[Tensor, ...]] = []
         self._keep: list[Tensor] | None = None
         self._router: dict[str, Tensor] = {}
@@ -125,17 +125,23 @@ class _Watch:
         """Push the stream; ``keep``: positions in each micro-batch of the tokens to sample."""
         with ExitStack() as stack:
             if self._layer is not None:
-                norm = block.get_submodule(self._architecture.feed_forward_norm)
+                entry = block.get_submodule(self._architecture.layer_entry or self._architecture.feed_forward_norm)
                 router = block.get_submodule(self._architecture.running_router)
-                hooks = [norm.register_forward_pre_hook(self._see_norm), router.register_forward_hook(self._see_router)]
+                whole = block.get_submodule(self._architecture.running_moe)
+                hooks = [entry.register_forward_pre_hook(self._see_entry), router.register_forward_hook(self._see_router)]
+                if self._architecture.parallel:
+                    hooks.append(whole.register_forward_hook(self._see_layer))
                 for hook in hooks:
                     stack.callback(hook.remove)
                 self._keep = keep
                 stack.enter_context(self._layer.observed(self._see_experts))
             self._stream.push(index, block, self._compare)
 
-    def _see_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _see_entry(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._before_TD = args[0].flatten(0, -2)
+
+    def _see_layer(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._added_TD = output.flatten(0, -2)
 
     def _see_router(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         assert self._layer is not None
@@ -152,7 +158,9 @@ class _Watch:
         self.cosine_M += self._by_domain(domain_T, _cosine(input_BSD.flatten(0, -2), output_TD))
         if self.statistics is not None:
             self.statistics.tokens_M += self._by_domain(domain_T, ones_T)
-            self.statistics.layer_cosine_M += self._by_domain(domain_T, _cosine(self._before_TD, output_TD))
+            # Beside attention, the residual stream without the layer is what leaves the block, less what the layer added.
+            before_TD = output_TD - self._added_TD if self._architecture.parallel else self._before_TD
+            self.statistics.layer_cosine_M += self._by_domain(domain_T, _cosine(before_TD, output_TD))
         self._batch = batch + 1
 
     def _see_experts(self, routed: Routed, outputs: Outputs) -> None:

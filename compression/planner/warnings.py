@@ -97,8 +97,8 @@ def _of_merges(resolved: Resolved) -> Iterator[Warned]:
     if any(isinstance(step, ExpertMerge) for step in resolved.steps):
         yield Warned(
             "merge_needs_likeness",
-            "expert_merge is for experts that were copied from one dense model; on experts trained from scratch expert_drop by reap "
-            "kept more every time it was tried, and analyze says which kind a model is",
+            "expert_merge is for experts that were copied from one dense model; on experts trained from scratch expert_drop by "
+            "reap kept more every time it was tried, and analyze says which kind a model is",
         )
 
 

@@ -26,6 +26,7 @@ from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import Writer, quantization_config
 from compression.errors import ImpossibleStep, NotLoadableInProfile
 from compression.moe import by_expert, moe_layer
+from compression.observer import Observer
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.inventory import take_inventory
@@ -244,6 +245,32 @@ def test_experts_saved_in_one_tensor_are_not_quantized(folder, model_type):
         make_plan(a_request(folder, [{**QUANTIZE, "method": "rtn"}]), read_checkpoint(FolderFiles(folder)))
 
 
+@EVERY
+@torch.no_grad()
+def test_the_layers_cosine_is_that_between_the_block_with_its_moe_layer_and_without(folder, model_type):
+    row, reader = row_of(folder), Reader(folder)
+    shell = Shell(reader.config, reader.outside())
+    stream = Stream(shell, IDS_NS)
+    observer = Observer(row, ("text",), torch.zeros(len(IDS_NS), dtype=torch.int64))
+    for index in range(len(shell.blocks)):
+        with shell.live(index, reader.block(index)) as block:
+            layer = moe_layer(row, block)
+            if layer is None:
+                stream.push(index, block)
+                continue
+            whole = torch.cat([output for _, output in stream.peek(index, block)])
+            for path in (row.running_moe, *row.shared_beside):
+                module = block.get_submodule(path)
+                module.forward = lambda x, *_, **__: torch.zeros_like(x)
+            without = torch.cat([output for _, output in stream.peek(index, block)])
+            for path in (row.running_moe, *row.shared_beside):
+                block.get_submodule(path).__dict__.pop("forward")
+            expected = torch.cosine_similarity(without.double(), whole.double(), dim=-1).mean().item()
+            observer.visit(index, block, stream)
+        # bf16 on either side: its rounding is 4e-3 of a number, and averages out over tokens and widths
+        assert observer.study.experts[index].layer_cosine == pytest.approx(expected, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("model_type", "part"), [(name, part) for name in MORE_MODEL_TYPES for part in ARCHITECTURES[name].refuses]
 )
@@ -253,6 +280,7 @@ def test_what_a_row_refuses_is_refused_by_name(folder, model_type, part):
         "prune": {"step": "prune", "method": "magnitude", "sparsity": 0.5},
         "quantize": {**QUANTIZE, "method": "rtn"},
         "awq": {**QUANTIZE, "method": "awq"},
+        "layer_drop": {"step": "layer_drop", "layers_dropped": 1},
     }
     step = steps.get(part, {**QUANTIZE, "method": "rtn", part: "W8A16"})
 
