@@ -7,6 +7,7 @@ from functools import cache
 from itertools import pairwise as neighbours
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,11 +114,12 @@ def test_reconstruction_finds_what_running_the_layer_for_every_set_finds(looked_
         loss_of = reconstruction.loss_of(study.experts[block], routing_of(folder).router)
 
         best = min(losses, key=lambda subset: losses[subset])
-        tied = losses[ours[block]] - losses[best] <= 1e-6 * losses[best]  # such as experts that no token chose
+        size = float(np.linalg.norm(layer.output()))
+        tied = losses[ours[block]] - losses[best] <= 1e-6 * size  # such as experts that no token chose
         assert ours[block] == best or tied
         for subset, loss in losses.items():
-            # The loss is a difference of inner products in float32 of outputs that nearly cancel: 1e-3 of it at worst.
-            assert loss_of(subset) == pytest.approx(loss, rel=1e-3)
+            # A difference of float32 inner products: exact to 1e-3, or to 1e-5 of the whole output where nearly all cancels.
+            assert loss_of(subset) == pytest.approx(loss, rel=1e-3, abs=1e-5 * size)
 
 
 def test_keeping_all_experts_changes_no_output(looked_at):
