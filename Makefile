@@ -32,9 +32,9 @@ check: $(dev_stamp)
 	$(py) -m pyright --pythonpath $(py)
 	$(VENV)/bin/lint-imports
 
-# Small operations are quicker on one thread than on two that wait for each other.
+# Small operations are quicker on one thread than on two that wait for each other: a process per core, each on one.
 test: check
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 bench: $(run_stamp)
 	@for file in bench/[a-z]*.py; do \

@@ -58,6 +58,7 @@ class Observer:
         if "trials" in self.study.parts:
             with self._timed("trials"):
                 self.study.trials[index] = trial_errors(index, block, stream, self._architecture)
+                stream.forget()
         watch = _Watch(self._architecture, len(self.study.domains), self._domains_of(stream), stream, layer)
         sampled = _sampled(stream, layer) if layer is not None and "sample" in self.study.parts else None
         with self._timed("tokens"):
@@ -284,8 +285,9 @@ def _empty(layer: MoELayer, *, domains: int, used: int, width: int) -> ExpertSta
 
 def _held_by(router: nn.Module, args: tuple[Any, ...], experts: int) -> dict[str, Tensor]:
     """Return what a router has for each expert beside its logits: buffers, and tensors that it is called with."""
-    # A bias of the logits is a parameter, and the logits have it already; what only sways the choice is a buffer.
-    held = {name: value for name, value in router.named_buffers() if value.shape == (experts,)}
+    # A bias of the logits is in the logits already. What only sways the choice is a buffer, or called what it is.
+    swaying = [*router.named_buffers(), *(pair for pair in router.named_parameters() if "correction" in pair[0])]
+    held = {name: value.flatten() for name, value in swaying if value.numel() == experts}
     held |= {
         f"argument {place}": value for place, value in enumerate(args) if isinstance(value, Tensor) and value.shape == (experts,)
     }

@@ -154,7 +154,7 @@ class Run:
     def _found_study(self) -> Study | None:
         if self.studies is None or self.calibration is None:
             return None
-        dtype = working_dtype(self.device, dtype_of(self.architecture.settings(self.reader.config)))
+        dtype = working_dtype(self.device, dtype_of(self.reader.config))
         found = StudyStore(self.studies).find(self.reader, self.calibration.content_hash, self.parts, dtype)
         self.study_reused = found is not None
         return found

@@ -300,9 +300,10 @@ def _how_to_open(report: Report) -> str:
     unpacked, packed = report.memory["transformers"], report.memory["packed_engine"]
     if not report.verification.opened_with.startswith("transformers "):
         return (
-            f"Profile `{report.profile}`: pruned weights are stored without their zeros, which no stock loader reads. Open "
-            "it with `from slimtrim_runtime import open_model; open_model(folder)`; the file lies in this folder and needs "
-            f"torch, transformers and safetensors. It unpacks while it loads and then needs about {unpacked} bytes."
+            f"Profile `{report.profile}`: {_why_own_loader(report)}, which no stock class opens. Open it with `from "
+            "slimtrim_runtime import open_model; open_model(folder)`, or `AutoModelForCausalLM.from_pretrained(folder, "
+            "trust_remote_code=True)`; the file lies in this folder and needs torch, transformers and safetensors. It unpacks "
+            f"while it loads and then needs about {unpacked} bytes."
         )
     limits = "; vLLM reads none but 8-bit and 4-bit weights" if report.profile == "custom" else ""
     return (
@@ -310,6 +311,18 @@ def _how_to_open(report: Report) -> str:
         f"transformers unpacks quantized experts when it loads them and then needs about {unpacked} bytes; an engine that "
         f"computes on packed weights needs {packed}."
     )
+
+
+def _why_own_loader(report: Report) -> str:
+    """Say what of the artifact stock classes cannot describe."""
+    kept = {len(row.experts_kept) for row in report.blocks if row.experts_kept is not None}
+    reasons = {
+        "blocks keep different numbers of experts": len(kept) > 1 or any(count < 2 for count in kept),
+        "blocks have lost their MoE layer": any(row.moe_layer == "drop" for row in report.blocks),
+        "experts are skipped at run time": any(row.skip_beta is not None for row in report.blocks),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    return " and ".join(found or ["pruned weights are stored without their zeros"])
 
 
 def _settings(step: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,12 +22,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.checkpoint.reader import Reader
 from compression.study import ExpertStatistics, Likeness, Part, Sample, Study, Trials
 
+_log = logging.getLogger(__name__)
 ALGORITHM = 1
 """Raised by hand whenever a study of the same model would come out differently."""
 _KEPT = 32
@@ -43,10 +46,14 @@ class StudyStore:
         """Return a study of these weights and tokens that has these parts at least; None if there is none."""
         key = self.folder / _key(reader, calibration_hash, dtype)
         for entry in sorted(key.glob("*/study.json")):
-            description = json.loads(entry.read_text(encoding="utf-8"))
-            if parts <= set(description["parts"]) and self._is_of(reader, entry, description):
-                os.utime(entry)
-                return load(entry.parent)
+            try:
+                description = json.loads(entry.read_text(encoding="utf-8"))
+                if parts <= set(description["parts"]) and self._is_of(reader, entry, description):
+                    os.utime(entry)
+                    return load(entry.parent)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                # Another job may have replaced or removed it, or a machine may have died: a study can always be taken anew.
+                _log.warning("study not readable", extra={"study": str(entry), "error": str(error)})
         return None
 
     def keep(self, study: Study, reader: Reader, calibration_hash: str, dtype: torch.dtype) -> Path:
@@ -54,9 +61,16 @@ class StudyStore:
         place = self.folder / _key(reader, calibration_hash, dtype) / reader.content()
         place.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=self.folder, prefix="fresh-"))
-        save(study, fresh, seen=[_stat(reader)])
-        shutil.rmtree(place, ignore_errors=True)
-        fresh.rename(place)
+        try:
+            save(study, fresh, seen=[_stat(reader)])
+            shutil.rmtree(place, ignore_errors=True)
+            fresh.rename(place)
+        except OSError:
+            if not (place / "study.json").exists():
+                raise
+            # Another job has stored the same study in this very moment.
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         self._forget()
         return place
 

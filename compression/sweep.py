@@ -102,6 +102,10 @@ class Stream:
         finally:
             hook.remove()
 
+    def forget(self) -> None:
+        """Let go of what was remembered."""
+        self._answers = None
+
     @contextmanager
     def repeated(self, module: nn.Module) -> Generator[None]:
         """Let a module that has not changed answer what it answered before, if that was remembered; forget it then."""

@@ -100,6 +100,8 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> 
             return step, _layers_dropped(step, pointer, cut, target=target)
         case ExpertSkip():
             _only_custom(step, pointer, target.profile, "no stock class skips experts at run time")
+            if target.inventory.top_k < 2:
+                raise ImpossibleStep("expert_skip: a token uses one expert here, so there is none to skip", pointer=pointer)
             return step, cut
         case Analyze():
             return step, cut
@@ -130,7 +132,10 @@ def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Targ
             pointer=f"{pointer}/experts_kept",
         )
     dropped = step.dropped_of(_spread(left, layers), groups=inventory.groups)
-    floor = layers * least_experts(inventory) if inventory.groups > 1 else 1
+    least = least_experts(inventory)
+    if step.criterion == "reconstruction":  # which asks the router, and that needs as many as a token uses
+        least = max(least, -(-inventory.top_k // inventory.groups) * inventory.groups)
+    floor = layers * least if least else 1
     if left - dropped < floor:
         raise ImpossibleStep(
             f"expert_drop would leave {left - dropped} experts in all {layers} layers; at least {floor} must stay",
@@ -225,8 +230,9 @@ def _blocks_dropped(step: BlockDrop, pointer: str, cut: Cut, inventory: Inventor
             f"at least 1 must stay, so drop at most {candidates - 1} in all",
             pointer=f"{pointer}/blocks_dropped",
         )
-    # Every block or layer that went before may have cut the longest run in two, or ended it.
-    run = _longest_run(inventory.droppable) - cut.blocks_dropped - cut.layers_dropped
+    # A block that went shortens a run by one, since its neighbours close up; a layer that went cuts it in two.
+    left, layers = _longest_run(inventory.droppable) - cut.blocks_dropped, cut.layers_dropped
+    run = -(-max(left - layers, 0) // (layers + 1))
     if step.selection == "consecutive" and step.blocks_dropped > run:
         raise ImpossibleStep(
             f"block_drop cannot be sure of {step.blocks_dropped} blocks in a row: {max(run, 0)} alike ones are left for certain; "

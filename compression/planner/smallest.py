@@ -26,7 +26,7 @@ def smallest_cut(inventory: Inventory, serving: Serving, profile: Profile = "por
     counts = workable_counts(inventory, expert_parallel=serving.expert_parallel) or [inventory.experts]
     refused = inventory.architecture.refuses
     kept = Cut(counts[0], 0 if "block_drop" in refused else len(inventory.droppable) - 1)
-    if profile == "custom" and inventory.groups == 1 and serving.expert_parallel == 1 and "expert_drop" not in refused:
+    if profile == "custom" and inventory.groups == 1 and serving.expert_parallel == 1:
         mixtures = sum(block.is_mixture for block in inventory.blocks) - kept.blocks_dropped
         kept = replace(kept, experts_dropped=mixtures * kept.experts_kept - 1)
     if inventory.architecture.fused_on_disk:

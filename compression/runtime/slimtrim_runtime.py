@@ -256,13 +256,15 @@ def _disown_(layer: Any) -> None:
 
 def with_experts(count: int, model: Any, block: Any, index: int, config: Any, section: Mapping[str, Any]) -> Any:
     """Return the block as its class builds it for so many experts; the block itself where it has as many."""
-    keys, top_k = section["count_keys"], getattr(config, section["top_k_key"])
-    if count >= top_k and all(getattr(config, key) == count for key in keys):
+    keys, given = section["count_keys"], getattr(config, section["top_k_key"])
+    top_k = given[index] if isinstance(given, list) else given
+    if count >= top_k and all(getattr(config, key, None) == count for key in keys):
         return block
     own = deepcopy(config)
     for key in keys:
         setattr(own, key, count)
-    setattr(own, section["top_k_key"], min(top_k, count))
+    used = min(top_k, count)
+    setattr(own, section["top_k_key"], [used] * len(given) if isinstance(given, list) else used)
     like, default = next(block.parameters()), torch.get_default_dtype()
     torch.set_default_dtype(like.dtype)
     try:

@@ -141,7 +141,9 @@ def _globally(study: Study | None, step: ExpertDrop, cuts: Cuts, routing: Routin
     dropped = step.dropped_of([len(kept) for kept in cuts.experts.values()], groups=routing.groups)
     for _ in range(dropped // routing.groups):
         if not heap:
-            raise ImpossibleStep(f"expert_drop cannot drop {dropped} experts in all: every layer must keep what its router needs")
+            raise ImpossibleStep(
+                f"expert_drop cannot drop {dropped} experts in all: every layer must keep what its router needs; keep more"
+            )
         _, block, place = heapq.heappop(heap)
         left[block] -= set(rounds[block][place].experts)
         if place + 1 < len(rounds[block]):
@@ -154,18 +156,24 @@ def _rounds(study: Study | None, step: ExpertDrop, block: int, among: tuple[int,
     members = by_group(among, routing.experts, routing.groups)
     removable = min(len(group) for group in members) - routing.least_per_group
     if step.criterion == "hope":
-        return subsets.rounds(pairwise.loss_of(_of(study, block)), among, removable, routing)
+        return _relative(subsets.rounds(pairwise.loss_of(_of(study, block)), among, removable, routing))
     if step.criterion == "reconstruction":
         least = -(-routing.top_k // routing.groups)
         removable = min(removable, min(len(group) for group in members) - least)
-        return subsets.rounds(reconstruction.loss_of(_of(study, block), routing.router), among, removable, routing)
+        return _relative(subsets.rounds(reconstruction.loss_of(_of(study, block), routing.router), among, removable, routing))
     score_E = score(study, step, block, routing)
-    mean = float(score_E[list(among)].mean()) or 1.0
+    mean = abs(float(score_E[list(among)].mean())) or 1.0  # scores may be negative, and their order must not turn
     orders = [[group[place] for place in torch.sort(score_E[group], stable=True).indices.tolist()] for group in members]
     return [
         Round(sum(float(score_E[expert]) for expert in experts) / (mean * len(experts)), experts)
         for experts in list(zip(*orders, strict=False))[:removable]
     ]
+
+
+def _relative(rounds: list[Round]) -> list[Round]:
+    """Return the rounds with costs over their layer's mean, so that layers of large outputs do not count for more."""
+    mean = sum(abs(going.cost) for going in rounds) / max(1, len(rounds)) or 1.0
+    return [Round(going.cost / mean, going.experts) for going in rounds]
 
 
 def _of(study: Study | None, block: int) -> ExpertStatistics:

@@ -3,8 +3,8 @@
 Lu et al., "Not All Experts are Equal", arXiv:2402.14800, section 3.3, for two experts per token: with weights w1 > w2, run
 the first alone when w2 < beta w1, beta being the layer's median of w2 / w1 on calibration text. For k experts: of the sorted
 weights the fewest are kept whose sum times beta exceeds that of the others, and ``"median"`` is the median of the lower
-half's sum over the upper half's, so that on half of the tokens at least half of the experts are skipped. Saves arithmetic,
-and no memory.
+half's sum over the upper half's, so that half of the tokens skip half of their experts, rounded down. Betas are the
+untouched model's. Saves arithmetic, and no memory.
 """
 
 from __future__ import annotations

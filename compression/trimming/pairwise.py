@@ -28,7 +28,8 @@ def loss_of(statistics: ExpertStatistics) -> Loss:
     experts = interaction_EE.shape[0]
 
     def loss(kept: tuple[int, ...]) -> float:
-        gone = [expert for expert in range(experts) if expert not in set(kept)]
+        held = set(kept)
+        gone = [expert for expert in range(experts) if expert not in held]
         return float(interaction_EE[gone][:, gone].sum())
 
     return loss

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compression.architectures import find_architecture
-from compression.block import empty_model
+from compression.block import empty_model, language_model
 from compression.runtime.slimtrim_runtime import with_experts
 from compression.trimming.shape import family_facts
 
@@ -26,9 +26,10 @@ class Routers:
     def __call__(self, experts: int) -> nn.Module:
         """Return the router as the stock class builds it for so many experts."""
         model = self._model
-        blocks: Any = model.get_decoder().layers
+        tower: Any = language_model(self._architecture, model)
+        blocks: Any = tower.get_decoder().layers
         index = next(place for place, block in enumerate(blocks) if _router(block, self._architecture.running_router) is not None)
-        settings = model.config.get_text_config(decoder=True)
+        settings = tower.config.get_text_config(decoder=True)
         block = with_experts(experts, model, blocks[index], index, settings, family_facts(self._architecture))
         router = _router(block, self._architecture.running_router)
         assert router is not None

@@ -36,9 +36,14 @@ def expert_entries(
     if set(mixtures) != {one}:
         entries["per_layer_num_experts"] = [None if count is None else max(count, 0) for count in counts]
     skip = [cuts.skip.get(block) for block in cuts.blocks]
-    if set(mixtures) == {one} and not any(beta is not None for beta in skip):
+    if set(mixtures) == {one} and one >= _used(settings[architecture.top_k_key]) and not any(beta is not None for beta in skip):
         return entries, {}
     return entries, declared({"profile": "custom", "experts": counts, "skip": skip, **family_facts(architecture)})
+
+
+def _used(top_k: int | list[int]) -> int:
+    """Return how many experts a token uses, at most: some families list it block by block."""
+    return max(top_k) if isinstance(top_k, list) else int(top_k)
 
 
 def cut_entries(config: Mapping[str, Any], window: Sequence[int]) -> dict[str, Any]:

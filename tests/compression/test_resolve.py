@@ -489,3 +489,23 @@ def test_a_merge_is_bound_like_a_drop():
 def test_a_seed_that_nothing_draws_with_is_a_misunderstanding():
     with pytest.raises(ValueError, match="draws no lots"):
         ExpertDrop(criterion="reap", experts_kept=2, seed=3)
+
+
+def test_a_layer_that_goes_cuts_a_span_in_two():
+    steps = [LayerDrop(layers_dropped=1), BlockDrop(blocks_dropped=5, selection="consecutive")]
+
+    error = refused(steps, family=lambda: mixtral(blocks=8))
+
+    assert "be sure of 5 blocks in a row: 4 alike" in error.message  # the fourth of eight may be the one that lost its layer
+
+
+def test_a_budget_by_reconstruction_keeps_what_the_router_needs():
+    error = refused([ExpertDrop(scope="global", criterion="reconstruction", experts_kept=1)])
+
+    assert "must stay" in error.message
+
+
+def test_a_router_that_chooses_one_expert_has_none_to_skip():
+    error = refused([ExpertSkip()], family=lambda: mixtral(top_k=1))
+
+    assert isinstance(error, ImpossibleStep)

@@ -264,3 +264,16 @@ def test_blocks_outside_the_candidates_stay_however_idle_they_are():
     cuts = block_drop.choose(study, BlockDrop(blocks_dropped=1), Cuts((0, 1, 2), {1: (0,), 2: (0,)}), {1, 2})
 
     assert cuts.blocks == (0, 2)
+
+
+def test_a_budget_by_negative_scores_still_takes_the_lowest_first():
+    whole = Cuts((0, 1), {b: (0, 1, 2, 3) for b in range(2)})
+    ones, quarters = torch.tensor([4.0] * 4).double(), torch.tensor([1.0, 1.0, 1.0, 0.25]).double()
+    seen = {
+        0: replace(statistics([0] * 4), absolute_E=ones * quarters, magnitude_E=ones),
+        1: replace(statistics([0] * 4), absolute_E=ones * 0.9, magnitude_E=ones),
+    }
+
+    cuts = choose_cuts((drop(criterion="aimer", scope="global", fraction_dropped=0.375),), a_study([0, 0], seen), whole, choice())
+
+    assert cuts.experts == {0: (3,), 1: (0, 1, 2, 3)}  # the even ones of layer 0 go before any of layer 1, beside their means
