@@ -32,8 +32,8 @@ from compression.methods import Choice, at_random, choose_cuts, merger, parts_fo
 from compression.observer import Observer, weigh
 from compression.plan import Plan, make_plan
 from compression.planner.inventory import take_inventory
-from compression.planner.resolve import least_experts
 from compression.planner.sizes import packed_pattern
+from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
 from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
 from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first

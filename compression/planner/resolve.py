@@ -15,7 +15,18 @@ from typing import NamedTuple, NoReturn
 from compression.architectures import Component, Refusable
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile
 from compression.planner.inventory import Inventory, config_count
-from compression.planner.sizes import FLOAT, WHOLE_ROW, Cut, expert_bytes, matrices_to_prune, matrices_to_quantize, packed_pattern
+from compression.planner.sizes import FLOAT, WHOLE_ROW, Cut, matrices_to_prune, matrices_to_quantize, packed_pattern
+from compression.planner.trims import (
+    Target,
+    blocks_dropped,
+    dropped_globally,
+    experts_kept,
+    layers_dropped,
+    listed,
+    only_custom,
+    refuse_part,
+    workable_counts,
+)
 from compression.recipe import (
     BITS,
     LONGEST_PATTERN,
@@ -33,7 +44,6 @@ from compression.recipe import (
     Serving,
     parse_pattern,
 )
-from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -46,14 +56,6 @@ class Resolved:
     cut: Cut
 
 
-class _Target(NamedTuple):
-    """What a recipe is resolved against."""
-
-    inventory: Inventory
-    serving: Serving
-    profile: Profile
-
-
 class _Width(NamedTuple):
     """How many inputs of a matrix one device holds."""
 
@@ -64,7 +66,7 @@ class _Width(NamedTuple):
 
 def resolve(recipe: Recipe, serving: Serving, inventory: Inventory, *, profile: Profile = "portable") -> Resolved:
     """Return the resolved recipe, or refuse the first step that no checkpoint or no promised engine can hold."""
-    target = _Target(inventory, serving, profile)
+    target = Target(inventory, serving, profile)
     cut = Cut(inventory.experts)
     steps: list[AnyStep] = []
     for position in recipe.normal_order():
@@ -75,31 +77,22 @@ def resolve(recipe: Recipe, serving: Serving, inventory: Inventory, *, profile: 
     return Resolved(tuple(steps), replace(cut, pattern=packed_pattern(steps, profile, inventory.architecture)))
 
 
-def workable_counts(inventory: Inventory, *, expert_parallel: int = 1) -> list[int]:
-    """Return how many experts a layer can be left with: enough for the router, in equal groups, evenly over devices."""
-    return [
-        kept
-        for kept in range(inventory.groups, inventory.experts + 1, inventory.groups)
-        if _enough_for_router(inventory, kept) and kept % expert_parallel == 0
-    ]
-
-
-def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> tuple[AnyStep, Cut]:
+def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: Target) -> tuple[AnyStep, Cut]:
     match step:
         case ExpertDrop(scope="global"):
-            return step, replace(cut, experts_dropped=_dropped_globally(step, pointer, cut, target=target))
+            return step, replace(cut, experts_dropped=dropped_globally(step, pointer, cut, target=target))
         case ExpertDrop():
-            kept = _experts_kept(step, pointer, cut, target.inventory)
+            kept = experts_kept(step, pointer, cut, target.inventory)
             return step.model_copy(update={"experts_kept": kept, "fraction_dropped": None}), replace(cut, experts_kept=kept)
         case ExpertMerge():
-            return step, replace(cut, experts_kept=_experts_kept(step, pointer, cut, target.inventory))
+            return step, replace(cut, experts_kept=experts_kept(step, pointer, cut, target.inventory))
         case BlockDrop():
-            _refuse_part("block_drop", f"{pointer}/step", target.inventory)
-            return step, replace(cut, blocks_dropped=_blocks_dropped(step, pointer, cut, target.inventory))
+            refuse_part("block_drop", f"{pointer}/step", target.inventory)
+            return step, replace(cut, blocks_dropped=blocks_dropped(step, pointer, cut, target.inventory))
         case LayerDrop():
-            return step, _layers_dropped(step, pointer, cut, target=target)
+            return step, layers_dropped(step, pointer, cut, target=target)
         case ExpertSkip():
-            _only_custom(step, pointer, target.profile, "no stock class skips experts at run time")
+            only_custom(step, pointer, target.profile, "no stock class skips experts at run time")
             if target.inventory.top_k < 2:
                 raise ImpossibleStep("expert_skip: a token uses one expert here, so there is none to skip", pointer=pointer)
             return step, cut
@@ -113,149 +106,12 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: _Target) -> 
             raise NotAvailable(f"step {step.step} is not available yet", pointer=f"{pointer}/step")
 
 
-def _only_custom(step: AnyStep, pointer: str, profile: Profile, why: str) -> None:
-    if profile != "custom":
-        raise NotLoadableInProfile(f'{step.step}: {why}; profile "custom" opens with its own loader', pointer=pointer)
-
-
-def _dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: _Target) -> int:
-    """Return how many experts are gone from all layers together after a drop of scope global."""
-    inventory = target.inventory
-    _only_custom(
-        step, f"{pointer}/scope", target.profile, "with scope global layers keep different counts, and stock classes read one"
-    )
-    layers = _layers_left(inventory, cut)
-    left = layers * cut.experts_kept - cut.experts_dropped
-    if step.experts_kept is not None and step.experts_kept * layers > left:
-        raise ImpossibleStep(
-            f"expert_drop cannot keep {step.experts_kept} experts a layer: {left / layers:.2f} are left",
-            pointer=f"{pointer}/experts_kept",
-        )
-    dropped = step.dropped_of(_spread(left, layers), groups=inventory.groups)
-    least = least_experts(inventory)
-    if step.criterion == "reconstruction":  # which asks the router, and that needs as many as a token uses
-        least = max(least, -(-inventory.top_k // inventory.groups) * inventory.groups)
-    floor = layers * least if least else 1
-    if left - dropped < floor:
-        raise ImpossibleStep(
-            f"expert_drop would leave {left - dropped} experts in all {layers} layers; at least {floor} must stay",
-            pointer=pointer,
-        )
-    kinds = {tuple(expert_bytes(inventory, cut, block).values()) for block in inventory.blocks if block.is_mixture}
-    if len(kinds) > 1:
-        raise ImpossibleStep(
-            "expert_drop with scope global needs experts of one size in every layer; use scope layer", pointer=pointer
-        )
-    return cut.experts_dropped + dropped
-
-
-def least_experts(inventory: Inventory) -> int:
-    """Return how many experts a layer must keep so that its router works as it does: none at all where it has no groups."""
-    return min(workable_counts(inventory)) if inventory.groups > 1 else 0
-
-
-def _spread(experts: int, layers: int) -> list[int]:
-    """Return counts that add up: which layer holds how many does not matter to a budget."""
-    return [experts, *[0] * (layers - 1)]
-
-
-def _layers_left(inventory: Inventory, cut: Cut) -> int:
-    return sum(block.is_mixture for block in inventory.blocks) - cut.blocks_dropped - cut.layers_dropped
-
-
-def _layers_dropped(step: LayerDrop, pointer: str, cut: Cut, *, target: _Target) -> Cut:
-    """Return the cut without so many more MoE layers, spelt as a stock class reads it where the profile asks for that."""
-    inventory = target.inventory
-    _refuse_part("layer_drop", pointer, inventory)
-    candidates = len(inventory.droppable)
-    taken = cut.blocks_dropped + cut.layers_dropped + step.layers_dropped
-    if taken >= candidates:
-        raise ImpossibleStep(
-            f"layer_drop would leave {max(candidates - taken, 0)} of the {candidates} MoE layers that it chooses from; "
-            f"at least 1 must stay, so drop at most {max(candidates - 1 - taken + step.layers_dropped, 0)}",
-            pointer=f"{pointer}/layers_dropped",
-        )
-    layers = cut.layers_dropped + step.layers_dropped
-    if target.profile == "custom":
-        return replace(cut, layers_dropped=layers)
-    if stock_layer_drop(inventory.architecture, inventory.config) is None:
-        raise NotLoadableInProfile(
-            f"layer_drop: no stock class of {inventory.architecture.model_type} opens a block without its MoE layer; "
-            'use block_drop, or profile "custom", which opens with its own loader',
-            pointer=pointer,
-        )
-    everyone = range(len(inventory.blocks))  # dense blocks stay, whatever block_drop takes
-    parallel = target.serving.tensor_parallel
-    width = zero_dense_width(inventory.architecture, inventory.config, everyone, tensor_parallel=parallel)
-    return replace(cut, layers_dropped=layers, zero_dense_width=width)
-
-
-def _experts_kept(step: ExpertDrop | ExpertMerge, pointer: str, cut: Cut, inventory: Inventory) -> int:
-    """Return how many experts a drop leaves of those that are left by now."""
-    left, name = cut.experts_kept, step.step
-    if step.experts_kept is not None:
-        kept, pointer = step.experts_kept, f"{pointer}/experts_kept"
-    else:
-        assert isinstance(step, ExpertDrop), "a merge counts what it keeps"
-        assert step.fraction_dropped is not None, "the step's class demands one of the two"
-        kept, pointer = left - round(step.fraction_dropped * left), f"{pointer}/fraction_dropped"
-    if kept > left:
-        raise ImpossibleStep(f"{name} cannot keep {kept} experts: {left} are left", pointer=pointer)
-    if kept < inventory.top_k:
-        raise ImpossibleStep(
-            f"{name} would keep {kept} experts, but the router chooses {inventory.top_k} for every token; "
-            f"keep at least {inventory.top_k}",
-            pointer=pointer,
-        )
-    if kept % inventory.groups or not _enough_for_router(inventory, kept):
-        counts = _listed([count for count in workable_counts(inventory) if count <= left])
-        raise ImpossibleStep(
-            f"{name} cannot keep {kept} experts: the router chooses {inventory.top_k} experts "
-            f"within {inventory.groups_used} of {inventory.groups} equal groups; counts that work: {counts}",
-            pointer=pointer,
-        )
-    return kept
-
-
-def _enough_for_router(inventory: Inventory, kept: int) -> bool:
-    per_group = kept // inventory.groups
-    return per_group >= inventory.architecture.group_members and per_group * inventory.groups_used >= inventory.top_k
-
-
-def _blocks_dropped(step: BlockDrop, pointer: str, cut: Cut, inventory: Inventory) -> int:
-    candidates, dropped = len(inventory.droppable) - cut.layers_dropped, cut.blocks_dropped + step.blocks_dropped
-    if dropped >= candidates:
-        raise ImpossibleStep(
-            f"block_drop would leave {max(candidates - dropped, 0)} of the {candidates} blocks that it chooses from; "
-            f"at least 1 must stay, so drop at most {candidates - 1} in all",
-            pointer=f"{pointer}/blocks_dropped",
-        )
-    # A block that went shortens a run by one, since its neighbours close up; a layer that went cuts it in two.
-    left, layers = _longest_run(inventory.droppable) - cut.blocks_dropped, cut.layers_dropped
-    run = -(-max(left - layers, 0) // (layers + 1))
-    if step.selection == "consecutive" and step.blocks_dropped > run:
-        raise ImpossibleStep(
-            f"block_drop cannot be sure of {step.blocks_dropped} blocks in a row: {max(run, 0)} alike ones are left for certain; "
-            "drop fewer, drop them first, or discrete ones",
-            pointer=f"{pointer}/blocks_dropped",
-        )
-    return dropped
-
-
-def _longest_run(blocks: Sequence[int]) -> int:
-    longest = run = 0
-    for place, block in enumerate(blocks):
-        run = run + 1 if place and blocks[place - 1] == block - 1 else 1
-        longest = max(longest, run)
-    return longest
-
-
 def _pruned(step: Prune, pointer: str, cut: Cut, inventory: Inventory) -> Cut:
     if cut.pruned:
         raise ImpossibleStep("a weight can be pruned once; leave the second prune step out", pointer=pointer)
-    _refuse_part("prune", f"{pointer}/step", inventory)
+    refuse_part("prune", f"{pointer}/step", inventory)
     if step.shared_experts:
-        _refuse_part("shared_experts", f"{pointer}/shared_experts", inventory)
+        refuse_part("shared_experts", f"{pointer}/shared_experts", inventory)
     cut = replace(cut, pruned=frozenset[Component](("experts", "shared_experts") if step.shared_experts else ("experts",)))
     if step.pattern is not None:
         _check_pattern(step.pattern, cut, inventory, pointer=f"{pointer}/pattern")
@@ -272,7 +128,7 @@ def _check_pattern(pattern: str, cut: Cut, inventory: Inventory, *, pointer: str
             fitting = [other for other in range(2, LONGEST_PATTERN + 1) if common % other == 0]
             raise ImpossibleStep(
                 f"pattern {pattern} takes inputs in groups of {length}, which do not divide the {inputs} inputs of "
-                f"{header.name!r}; groups that divide every pruned matrix: {_listed(fitting)}",
+                f"{header.name!r}; groups that divide every pruned matrix: {listed(fitting)}",
                 pointer=pointer,
             )
 
@@ -291,7 +147,7 @@ def _refuse_two_calibrations(recipe: Recipe) -> None:
             )
 
 
-def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tuple[AnyStep, Cut]:
+def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: Target) -> tuple[AnyStep, Cut]:
     if cut.schemes:
         raise ImpossibleStep("a weight can be quantized once; leave the second quantize step out", pointer=pointer)
     _refuse_family(step, pointer, target.inventory)
@@ -304,7 +160,7 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
     parts: tuple[Refusable, ...] = ("attention", "shared_experts", "dense")
     for component in parts:
         if wanted[component] != "keep":
-            _refuse_part(component, f"{pointer}/{component}", target.inventory)
+            refuse_part(component, f"{pointer}/{component}", target.inventory)
     if step.dense != "keep" and cut.zero_dense_width is not None and all(block.is_mixture for block in target.inventory.blocks):
         raise ImpossibleStep(
             f"dense {step.dense}: the only dense layers of this model will be those of zeros that stand for dropped MoE layers; "
@@ -320,7 +176,7 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> tu
 
 def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
     architecture = inventory.architecture
-    _refuse_part("quantize", pointer, inventory)
+    refuse_part("quantize", pointer, inventory)
     if architecture.fused_on_disk:
         raise NotLoadableInProfile(
             f"{architecture.model_type} saves all experts of a layer in one 3-D tensor, and no stock loader reads "
@@ -328,18 +184,13 @@ def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
             pointer=pointer,
         )
     if step.method == "awq":
-        _refuse_part("awq", f"{pointer}/method", inventory)
+        refuse_part("awq", f"{pointer}/method", inventory)
     if step.method == "awq" and architecture.gating != "exact":
         raise ImpossibleStep(
             f"awq scales what enters down_proj by way of up_proj, and {architecture.model_type} clamps the value in between; "
             "use gptq",
             pointer=f"{pointer}/method",
         )
-
-
-def _refuse_part(part: Refusable, pointer: str, inventory: Inventory) -> None:
-    if reason := inventory.architecture.refuses.get(part):
-        raise ImpossibleStep(f"{inventory.architecture.model_type} does not allow {part}: {reason}", pointer=pointer)
 
 
 def _refuse_few_bits(cut: Cut, pointer: str) -> None:
@@ -353,7 +204,7 @@ def _refuse_few_bits(cut: Cut, pointer: str) -> None:
             )
 
 
-def _group_size(step: Quantize, pointer: str, cut: Cut, *, target: _Target) -> int:
+def _group_size(step: Quantize, pointer: str, cut: Cut, *, target: Target) -> int:
     """Return how many inputs share one scale; -1 where every scheme is of floats, which have one scale a row anyway."""
     widths = _widths(target.inventory, cut, target.serving)
     if set(cut.schemes.values()) == {FLOAT}:
@@ -391,7 +242,7 @@ def _refuse_group(group_size: int, widths: Iterable[_Width], fitting: Sequence[i
     name, inputs, _ = next(width for width in widths if width.inputs % group_size)
     raise NotLoadableInProfile(
         f"group_size {group_size} does not divide the {inputs} inputs per device of {name!r}; "
-        f"sizes that divide every matrix: {_listed([*fitting, WHOLE_ROW])} (-1: the whole row)",
+        f"sizes that divide every matrix: {listed([*fitting, WHOLE_ROW])} (-1: the whole row)",
         pointer=pointer,
     )
 
@@ -414,13 +265,6 @@ def _check_split(cut: Cut, serving: Serving, inventory: Inventory) -> None:
         counts = workable_counts(inventory, expert_parallel=serving.expert_parallel)
         raise NotLoadableInProfile(
             f"{cut.experts_kept} experts cannot be spread evenly over {serving.expert_parallel} devices; "
-            f"counts that work: {_listed(counts)}",
+            f"counts that work: {listed(counts)}",
             pointer="/serving/expert_parallel",
         )
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    if not numbers:
-        return "none"
-    shown = [str(number) for number in numbers]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:11], "...", shown[-1]])

@@ -13,8 +13,8 @@ from math import gcd
 
 from compression.architectures import Component
 from compression.planner.inventory import Inventory
-from compression.planner.resolve import workable_counts
 from compression.planner.sizes import FLOAT, QUANTIZABLE, Cut, artifact_sizes, matrices_to_prune
+from compression.planner.trims import workable_counts
 from compression.recipe import LONGEST_PATTERN, Pattern, Profile, Serving
 
 _SMALLEST_SCHEMES: dict[Profile, tuple[str, ...]] = {"portable": ("W4A16", FLOAT), "custom": ("W2A16", FLOAT)}

@@ -7,8 +7,9 @@ import pytest
 
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile, RequestError
 from compression.planner.inventory import Inventory, take_inventory
-from compression.planner.resolve import Resolved, resolve, workable_counts
+from compression.planner.resolve import Resolved, resolve
 from compression.planner.sizes import Cut, artifact_sizes
+from compression.planner.trims import workable_counts
 from compression.recipe import (
     BlockDrop,
     ExpertDrop,

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from compression.planner.inventory import Inventory, take_inventory
-from compression.planner.resolve import resolve, workable_counts
+from compression.planner.resolve import resolve
 from compression.planner.sizes import Cut, artifact_sizes
 from compression.planner.smallest import smallest_cut
+from compression.planner.trims import workable_counts
 from compression.recipe import BlockDrop, ExpertDrop, Pattern, Profile, Prune, Quantize, Recipe, Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
