@@ -188,7 +188,7 @@ def test_the_card_of_a_model_from_a_folder_claims_no_base_on_the_hub():
     [
         ({}, "AutoModelForCausalLM.from_pretrained", "vLLM"),
         ({"profile": "custom"}, "vLLM reads none but 8-bit and 4-bit weights", "open_model"),
-        ({"profile": "custom", "verification": PACKED}, "open_model(folder)", "AutoModelForCausalLM"),
+        ({"profile": "custom", "verification": PACKED}, "open_model(folder)", "opens in stock transformers"),
     ],
 )
 def test_the_card_tells_how_the_artifact_really_opens_and_how_much_memory_that_takes(

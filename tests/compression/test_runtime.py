@@ -17,7 +17,7 @@ from compression.block import Shell
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import RUNTIME
-from compression.errors import BrokenCheckpoint, QuantizedSource, VerificationFailed
+from compression.errors import BrokenCheckpoint, UnsupportedArchitecture, VerificationFailed
 from compression.evaluation.verification import verify
 from compression.plan import make_plan
 from compression.runtime.slimtrim_runtime import open_model
@@ -124,7 +124,7 @@ def test_config_says_pattern_and_profile(artifact):
 
 
 def test_an_artifact_with_packed_zeros_is_no_source(artifact):
-    with pytest.raises(QuantizedSource, match="start from the original model"):
+    with pytest.raises(UnsupportedArchitecture, match="start from its original"):
         make_plan(request({"step": "quantize"}), read_checkpoint(FolderFiles(artifact)))
 
 
