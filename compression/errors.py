@@ -97,7 +97,7 @@ class SourceUnavailable(RequestError):
 
 
 class UnsupportedArchitecture(RequestError):
-    """The ``model_type`` has no row in ``architectures.py``."""
+    """The ``model_type`` has no row in ``architectures/``."""
 
     code = "unsupported_architecture"
 

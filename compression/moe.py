@@ -35,6 +35,7 @@ class Outputs:
         """For each row, its place in the flattened [T, K]."""
         self.token_P = self.order_P // ids_TK.shape[1]
         self.count_E = torch.bincount(ids_TK.flatten(), minlength=count)
+        self._used = ids_TK.shape[1]
         self.value_PD: Tensor = torch.empty(0)
 
     def fill_(self, layer: MoELayer, x_TD: Tensor) -> Tensor:
@@ -43,6 +44,10 @@ class Outputs:
         for expert, tokens, rows in self.by_expert():
             self.value_PD[rows] = layer.output(expert, x_TD[tokens])
         return self.value_PD
+
+    def by_token(self, value_P: Tensor) -> Tensor:
+        """Return a value of each row in the order of the router's choice [T, K]."""
+        return torch.empty_like(value_P).index_copy_(0, self.order_P, value_P).view(-1, self._used)
 
     def by_expert(self) -> Generator[tuple[int, Tensor, slice]]:
         """Yield each expert that was chosen, its tokens, and the rows that hold its answers."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ from compression.study import RATIO_BINS, ExpertStatistics, Part, Sample, Study
 from compression.sweep import OnBlock, Stream
 from compression.trials import trial_errors
 
-SAMPLED_TOKENS = 2048
+_SAMPLED_TOKENS = 2048
+"""Tokens of a layer that are shown to every expert, at most."""
 _SAMPLE_NUMBERS = 2**22
 """Numbers in one layer's Gram matrices of sampled outputs, at most: with many experts, fewer tokens."""
 _OUTPUT_NUMBERS = 2**27
 """Numbers in sampled outputs held at once, at most."""
 _SPAN_TOKENS = 4096
+"""Tokens on which spans of blocks are compared, at most."""
 _HIDDEN_BYTES = 2**30
 """Bytes of sampled activations that wait for the blocks to come, at most."""
 
@@ -77,15 +79,15 @@ class Observer:
             with self._timed("likeness"):
                 statistics.likeness = likeness(layer, block.get_submodule(self._architecture.running_router))
 
-    def _domains_of(self, stream: Stream) -> list[Tensor]:
-        split = self._domain_N.split([ids.shape[0] for ids in stream.ids])
-        return [domain_B.repeat_interleave(ids.shape[1]) for domain_B, ids in zip(split, stream.ids, strict=True)]
-
     def weigh(self, index: int, block: nn.Module) -> None:
         """Take only what the weights say, without any token."""
         layer = moe_layer(self._architecture, block)
         if layer is not None:
             self.study.experts[index] = _empty(layer, domains=len(self.study.domains), used=0, width=0)
+
+    def _domains_of(self, stream: Stream) -> list[Tensor]:
+        split = self._domain_N.split([ids.shape[0] for ids in stream.ids])
+        return [domain_B.repeat_interleave(ids.shape[1]) for domain_B, ids in zip(split, stream.ids, strict=True)]
 
     @contextmanager
     def _timed(self, part: Part) -> Generator[None]:
@@ -177,49 +179,19 @@ class _Watch:
             self._kept.append(tuple(value[place_S] for value in kept))
 
     def _add(self, into: ExpertStatistics, domain_T: Tensor, routed: Routed, outputs: Outputs) -> None:
-        experts, used = into.count_ME.shape[1], routed.ids_TK.shape[1]
         norm_P = _norm(outputs.value_PD)
         weight_P = routed.weights_TK.flatten()[outputs.order_P].to(norm_P.dtype)
-        weighted_P = weight_P * norm_P
-        expert_P = torch.repeat_interleave(torch.arange(experts, device=norm_P.device), outputs.count_E)
-        slot_P = domain_T[outputs.token_P] * experts + expert_P
-        sums = {
-            into.count_ME: torch.ones_like(norm_P),
-            into.weight_ME: weight_P,
-            into.norm_ME: norm_P,
-            into.square_ME: norm_P.double().square(),
-            into.weighted_norm_ME: weighted_P,
-            into.weighted_square_ME: weighted_P.double().square(),
-        }
-        for total_ME, value_P in sums.items():
-            total_ME += (
-                torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device)
-                .index_add_(0, slot_P, value_P.double())
-                .view(total_ME.shape)
-                .cpu()
-            )
-        weighted_TK = torch.empty_like(weighted_P).index_copy_(0, outputs.order_P, weighted_P).view(-1, used)
-        norm_TK = torch.empty_like(norm_P).index_copy_(0, outputs.order_P, norm_P).view(-1, used)
+        _add_pairs(into, domain_T[outputs.token_P], outputs, weight_P, norm_P)
+        pairs = _Pairs(
+            routed.ids_TK, routed.weights_TK, outputs.by_token(norm_P), outputs.by_token(weight_P * norm_P), self._probability_TE
+        )
         for domain in domain_T.unique().tolist():
-            rows_T = (domain_T == domain).nonzero().flatten()
-            whole = len(rows_T) == len(domain_T)
-            pick = (lambda value: value) if whole else (lambda value, rows_T=rows_T: value[rows_T])
-            into.probability_ME[domain] += pick(self._probability_TE).sum(0, dtype=torch.float64).cpu()
-            ids_TK = pick(routed.ids_TK)
-            chosen_TE = norm_P.new_zeros(len(ids_TK), experts)
-            into.together_MEE[domain] += _gram(chosen_TE.scatter_(1, ids_TK, 1.0))
-            into.together_norm_MEE[domain] += _gram(chosen_TE.scatter_(1, ids_TK, pick(weighted_TK)))
-            into.rank_MKK[domain] += _ranks(pick(routed.weights_TK), pick(norm_TK))
-            into.ratio_MB[domain] += _ratios(pick(routed.weights_TK))
+            is_here_T = domain_T == domain
+            whole = bool(is_here_T.all())
+            _add_tokens(into, domain, pairs if whole else pairs.of(is_here_T))
             for expert, tokens, rows in outputs.by_expert():
                 value_PD = outputs.value_PD[rows]
-                if not whole:
-                    value_PD = value_PD[domain_T[tokens] == domain]
-                if len(value_PD):
-                    into.output_MED[domain, expert] += value_PD.sum(0, dtype=norm_P.dtype).double().cpu()
-                    into.largest_ME[domain, expert] = max(
-                        float(into.largest_ME[domain, expert]), float(value_PD.max()), -float(value_PD.min())
-                    )
+                _add_outputs(into, domain, expert, value_PD if whole else value_PD[is_here_T[tokens]])
 
     def sample(self) -> Sample:
         """Show the kept tokens to every expert."""
@@ -239,6 +211,58 @@ class _Watch:
     def _by_domain(self, domain_T: Tensor, value_T: Tensor) -> Tensor:
         total_M = torch.zeros(self._count, dtype=torch.float64, device=value_T.device)
         return total_M.index_add_(0, domain_T, value_T.double()).cpu()
+
+
+class _Pairs(NamedTuple):
+    """What one call of the experts shows, token by token."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    norm_TK: Tensor
+    weighted_TK: Tensor
+    probability_TE: Tensor
+
+    def of(self, is_here_T: Tensor) -> _Pairs:
+        """Return the same for some of the tokens."""
+        return _Pairs(*(value[is_here_T] for value in self))
+
+
+def _add_pairs(into: ExpertStatistics, domain_P: Tensor, outputs: Outputs, weight_P: Tensor, norm_P: Tensor) -> None:
+    """Add up what one expert did with one token, by domain and expert."""
+    experts = into.count_ME.shape[1]
+    expert_P = torch.repeat_interleave(torch.arange(experts, device=norm_P.device), outputs.count_E)
+    slot_P = domain_P * experts + expert_P
+    weighted_P = weight_P * norm_P
+    sums = {
+        into.count_ME: torch.ones_like(norm_P),
+        into.weight_ME: weight_P,
+        into.norm_ME: norm_P,
+        into.square_ME: norm_P.double().square(),
+        into.weighted_norm_ME: weighted_P,
+        into.weighted_square_ME: weighted_P.double().square(),
+    }
+    for total_ME, value_P in sums.items():
+        sum_S = torch.zeros(total_ME.numel(), dtype=torch.float64, device=norm_P.device)
+        total_ME += sum_S.index_add_(0, slot_P, value_P.double()).view(total_ME.shape).cpu()
+
+
+def _add_tokens(into: ExpertStatistics, domain: int, pairs: _Pairs) -> None:
+    """Add up what a token's experts show together."""
+    into.probability_ME[domain] += pairs.probability_TE.sum(0, dtype=torch.float64).cpu()
+    value_TE = pairs.norm_TK.new_zeros(len(pairs.ids_TK), into.count_ME.shape[1])
+    into.together_MEE[domain] += _gram(value_TE.scatter_(1, pairs.ids_TK, 1.0))
+    into.together_norm_MEE[domain] += _gram(value_TE.scatter_(1, pairs.ids_TK, pairs.weighted_TK))
+    into.rank_MKK[domain] += _ranks(pairs.weights_TK, pairs.norm_TK)
+    into.ratio_MB[domain] += _ratios(pairs.weights_TK)
+
+
+def _add_outputs(into: ExpertStatistics, domain: int, expert: int, value_PD: Tensor) -> None:
+    """Add up what one expert answered to its tokens."""
+    if len(value_PD):
+        dtype = torch.promote_types(value_PD.dtype, torch.float32)
+        into.output_MED[domain, expert] += value_PD.sum(0, dtype=dtype).double().cpu()
+        largest = max(float(value_PD.max()), -float(value_PD.min()))
+        into.largest_ME[domain, expert] = max(float(into.largest_ME[domain, expert]), largest)
 
 
 class _Spans:
@@ -305,7 +329,7 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor | int]:
 
 
 def _sampled(stream: Stream, layer: MoELayer) -> list[Tensor]:
-    return _spread(stream, max(1, min(SAMPLED_TOKENS, _SAMPLE_NUMBERS // layer.count**2)))
+    return _spread(stream, max(1, min(_SAMPLED_TOKENS, _SAMPLE_NUMBERS // layer.count**2)))
 
 
 def _spread(stream: Stream, wanted: int) -> list[Tensor]:

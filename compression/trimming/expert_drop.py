@@ -87,7 +87,6 @@ CRITERIA: dict[str, Criterion] = {
     "aimer": aimer,
 }
 """The criteria that score experts one by one; the higher, the longer an expert stays."""
-SET_CRITERIA = ("hope", "reconstruction")
 
 
 def choose(study: Study | None, step: ExpertDrop, cuts: Cuts, routing: Routing) -> Cuts:
