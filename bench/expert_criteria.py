@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from bench._trained import arguments
 from compression.architectures import find_architecture
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration, load_evaluation
 from compression.checkpoint.reader import Model
 from compression.checkpoint.source import open_source
 from compression.evaluation.perplexity import compare
-from compression.memory import bound_kernel_caches
 from compression.methods import Choice, choose_cuts, merger
 from compression.observer import Observer
 from compression.planner.inventory import take_inventory
@@ -45,17 +45,9 @@ FIXED = ("aimer",)
 
 def main() -> None:
     """Measure, and print a row as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lots", type=int, default=8, help="draws of the criterion random")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.model is None or given.text is None:
-        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+    given = arguments(__doc__, _settings)
+    if given is None:
         return
-    bound_kernel_caches()
     bench = Bench(given.model, given.text)
     print(f"{SAMPLES} x {LENGTH} calibration tokens, {HELD_OUT} x {LENGTH} held-out tokens")
     print(f"original: {bench.original:.3f}")
@@ -78,6 +70,12 @@ def main() -> None:
             print(f"{name:16s} {mean(values):9.3f} {spread} ({len(values)})  {beats}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=2))
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lots", type=int, default=8, help="draws of the criterion random")
+    parser.add_argument("--json", type=Path)
 
 
 class Bench:

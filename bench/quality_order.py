@@ -17,9 +17,9 @@ from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
+from bench._trained import arguments
 from compression.checkpoint.reader import Reader
 from compression.evaluation import perplexity
-from compression.memory import bound_kernel_caches
 from compression.pipeline import Run
 from compression.progress import Silent
 from compression.recipe import Compression
@@ -46,17 +46,9 @@ def settings() -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
 
 def main() -> None:
     """Measure, and print a row as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="headings to measure; all when it is not given")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.model is None or given.text is None:
-        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+    given = arguments(__doc__, _settings)
+    if given is None:
         return
-    bound_kernel_caches()
     found: dict[str, Any] = {}
     print(f"{SAMPLES} x {LENGTH} calibration tokens, {HELD_OUT} x {LENGTH} held-out tokens, groups of {GROUP}")
     for heading, step, methods in settings():
@@ -72,6 +64,12 @@ def main() -> None:
     print(f"original: {found['original']:.4f}")
     if given.json:
         given.json.write_text(json.dumps(found, indent=2))
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="headings to measure; all when it is not given")
+    parser.add_argument("--json", type=Path)
 
 
 def _cell(after: list[float], plain: float) -> str:

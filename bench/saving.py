@@ -17,8 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 import compression.compress
+from bench._trained import arguments
 from compression.checkpoint.reader import Reader
-from compression.memory import bound_kernel_caches
 from compression.pipeline import Run
 from compression.progress import Silent
 from compression.recipe import Compression
@@ -26,19 +26,17 @@ from compression.recipe import Compression
 
 def main() -> None:
     """Measure and print medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    if given.model is None or given.text is None:
-        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+    given = arguments(__doc__, _settings)
+    if given is None:
         return
-    bound_kernel_caches()
     runs = [one_run(given.model, given.text) for _ in range(given.rounds)]
     whole, closing = (median(column) for column in zip(*runs, strict=True))
     share = median(closing / whole for whole, closing in runs)
     print(f"whole run {whole:.2f} s; from the last block solved to the artifact closed {closing:.3f} s; share {share:.2%}")
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
 
 
 def one_run(model: Path, text: Path) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from unittest.mock import patch
 
+from bench._trained import arguments
 from compression.checkpoint.reader import Reader
 from compression.pipeline import Run
 from compression.progress import Silent
@@ -28,15 +29,8 @@ WAYS = {"own": (0, 0), "topped up": (0, 2)}
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt and heldout.txt")
-    parser.add_argument("--scheme", default="W3A16")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
-    given = parser.parse_args()
-    if given.model is None or given.text is None:
-        print("NOT MEASURED: name a model's folder and a folder with calibration.txt and heldout.txt")
+    given = arguments(__doc__, _settings)
+    if given is None:
         return
     print(f"rounded: {loss_rise(given, 'rtn', 1, 0):.4f}")
     print(f"{'tokens':>8s}" + "".join(f"{way:>22s}" for way in WAYS))
@@ -47,6 +41,12 @@ def main() -> None:
                 rises = [loss_rise(given, "gptq", samples, seed) for seed in range(given.seeds)]
             cells.append(f"{mean(rises):.4f} +- {stdev(rises) if len(rises) > 1 else 0:.4f}")
         print(f"{samples * LENGTH:8d}" + "".join(f"{cell:>22s}" for cell in cells), flush=True)
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scheme", default="W3A16")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
 
 
 def loss_rise(given: argparse.Namespace, method: str, samples: int, seed: int) -> float:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench._trained import arguments
 from bench.expert_criteria import LENGTH, Bench
 from compression.block import Shell
 from compression.calibration import TokenSet, load_calibration
 from compression.checkpoint.source import open_source
-from compression.memory import bound_kernel_caches
 from compression.moe import moe_layer
 from compression.observer import Observer
 from compression.recipe import Calibration, ExpertDrop
@@ -43,16 +43,9 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?", help="folder with calibration.txt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=128, help=f"of {LENGTH} tokens")
-    given = parser.parse_args()
-    if given.model is None or given.text is None:
-        print("NOT MEASURED: name a model's folder and a folder with calibration.txt")
+    given = arguments(__doc__, _settings)
+    if given is None:
         return
-    bound_kernel_caches()
     settings = Calibration(source=(given.text / "calibration.txt").as_uri(), samples=given.samples, sequence_length=LENGTH)
     tokens = load_calibration(settings, given.model)
     print(f"{tokens.tokens} tokens, {torch.get_num_threads()} threads, median of {given.rounds} rounds")
@@ -60,6 +53,11 @@ def main() -> None:
     bench = Bench(given.model, given.text)
     _stored(bench, tokens)
     _search(bench, tokens, given.rounds)
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=128, help=f"of {LENGTH} tokens")
 
 
 def _parts(model: Path, tokens: TokenSet, rounds: int) -> None:
