@@ -48,7 +48,7 @@ STEP_FACTS: dict[str, StepFacts] = {
         "(arXiv:2402.14800).",
     ),
     "expert_merge": StepFacts(
-        "REAM, SamsungSAILMontreal/ream",
+        "REAM, arXiv:2604.04356",
         "With 96 of 128 experts Qwen3-30B keeps 65.8 of 69.7 points on multiple choice and 67.7 of 70.9 on generation.",
     ),
     "layer_drop": StepFacts(

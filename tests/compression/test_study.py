@@ -234,6 +234,35 @@ def test_the_sample_shows_its_tokens_to_every_expert(tiny_model_factory, model_t
         torch.testing.assert_close(sample.weights_SE.float(), weights_TE, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_outputs_their_largest_numbers_and_their_ranks_are_those_of_single_tokens(tiny_model_factory, model_type):
+    folder = tiny_model_factory(model_type)
+    model, inputs = AutoModelForCausalLM.from_pretrained(folder), {}
+    for index, block in enumerate(model.get_decoder().layers):
+        if hasattr(block.mlp, "experts"):
+            block.mlp.experts.register_forward_pre_hook(lambda m, args, i=index: inputs.update({i: (m, *args)}))
+    model(input_ids=IDS_NS, use_cache=False)
+
+    ours = study(folder, model_type, IDS_NS)
+
+    for index, (experts, x_TD, ids_TK, weights_TK) in inputs.items():
+        sums_ED, largest_E, ranks_KK = torch.zeros(8, x_TD.shape[1]), torch.zeros(8), torch.zeros(2, 2)
+        for x_D, chosen, weights in zip(x_TD, ids_TK.tolist(), weights_TK.tolist(), strict=True):
+            outputs = [experts.forward(x_D[None], torch.tensor([[e]]), torch.ones(1, 1))[0] for e in chosen]
+            for expert, output_D in zip(chosen, outputs, strict=True):
+                sums_ED[expert] += output_D
+                largest_E[expert] = max(largest_E[expert], output_D.abs().max())
+            louder = int(outputs[1].norm() > outputs[0].norm())
+            heavier = int(weights[1] > weights[0])
+            ranks_KK += torch.eye(2) if louder == heavier else 1 - torch.eye(2)
+        statistics = ours.experts[index]
+        scale = sums_ED.abs().max().item()  # the streams differ by the rounding of float32 sums
+        torch.testing.assert_close(statistics.total("output").float(), sums_ED, rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(statistics.largest_ME[0].float(), largest_E, rtol=1e-3, atol=1e-5)
+        assert torch.equal(statistics.total("rank").float(), ranks_KK)
+
+
 def test_weights_alone_need_no_token(tiny_model_factory):
     reader = Reader(tiny_model_factory("mixtral"))
     shell = Shell(reader.config, reader.outside())

@@ -132,7 +132,7 @@ def test_a_budget_can_leave_a_layer_without_any_expert():
 
 
 def test_a_budget_respects_what_every_group_must_keep():
-    seen = {b: statistics([1] * 8, weighted_norm_ME=row) for b, row in enumerate([[5.0] * 8, [0.1 * e for e in range(8)]])}
+    seen = {b: statistics([1] * 8, weighted_norm_ME=row) for b, row in enumerate([[5.0] * 8, [0.0, 0.01, 0.02, 5.0] * 2])}
     whole = Cuts((0, 1), {b: tuple(range(8)) for b in range(2)})
     routing = choice(experts=8, groups=2, least=2)
 
