@@ -147,3 +147,14 @@ def test_the_layers_cosine_is_that_of_the_residual_stream_before_and_after(looke
         cosine_T = product_T / ((layer.residual**2).sum(1) ** 0.5 * (after_TD**2).sum(1) ** 0.5)
 
         assert study.experts[block].layer_cosine == pytest.approx(cosine_T.mean(), rel=1e-5)
+
+
+def test_looking_up_what_changes_gives_the_loss_of_multiplying_everything_out(looked_at, monkeypatch):
+    study, _, folder = looked_at
+    sample, router = study.experts[1].sample, routing_of(folder).router
+    whole = reconstruction.Search(sample, router)
+    monkeypatch.setattr(reconstruction, "_FEW", 0)
+    looked_up = reconstruction.Search(sample, router)
+
+    for kept_experts in ((0, 1, 2, 3), (4, 5, 6, 7), (0, 2, 4, 6, 7), (1, 3)):
+        assert looked_up.loss(kept_experts) == pytest.approx(whole.loss(kept_experts), rel=1e-9)
