@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -66,3 +69,20 @@ def swept(reader: Reader | TrimmedReader) -> Tensor:
     stream = Stream(shell, IDS_NS)
     sweep(shell, reader, stream, Push(), lambda *_: None)
     return next(stream.logits(shell))
+
+
+def said_far_from_here(artifact: Path, folder: Path, opening: str, saying: str) -> str:
+    """Copy an artifact away, open it in a fresh process that must not load anything of ours, and return what that says.
+
+    ``opening`` makes ``model``; ``saying`` is what is printed of it.
+    """
+    shutil.copytree(artifact, folder / "moved")
+    script = (
+        f"import sys; {opening};"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('compression', 'api', 'jobs', 'worker')];"
+        f"print({saying})"
+    )
+    environment = {"HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder / "moved", capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()

@@ -163,14 +163,20 @@ def test_keeping_all_experts_merges_none_and_leaves_every_tensor_be():
     assert all(merged[name] is tensor for name, tensor in saved.items())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *FUSED])
-def test_merging_shuffled_copies_gives_the_very_expert_in_every_family(tiny_model_factory, tmp_path, model_type):
+def with_a_shuffled_copy(tiny_model_factory, model_type):
+    """Return a family's row and tiny model with expert 5 a shuffled copy of expert 2, the experts, and 2's matrices."""
     row = ARCHITECTURES[model_type]
     model = opened(tiny_model_factory(model_type), row)
     experts = layer_of(model, row)
-    shuffle_F = torch.randperm(128, generator=torch.Generator().manual_seed(4))
-    _copy_shuffled_(experts, 5, 2, shuffle_F)
+    wanted = [stack[2].clone() for stack in gate_up_down(experts)]
+    _copy_shuffled_(experts, 5, 2, torch.randperm(128, generator=torch.Generator().manual_seed(4)))
+    return row, model, experts, wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *FUSED])
+def test_merging_shuffled_copies_gives_the_very_expert_in_every_family(tiny_model_factory, tmp_path, model_type):
+    row, model, _, _ = with_a_shuffled_copy(tiny_model_factory, model_type)
     model.save_pretrained(tmp_path)
     saved = Reader(tmp_path).block(2)
 
@@ -184,12 +190,7 @@ def test_merging_shuffled_copies_gives_the_very_expert_in_every_family(tiny_mode
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, *FUSED])
 def test_the_mean_lies_between_aligned_experts_in_every_family(tiny_model_factory, tmp_path, model_type):
-    row = ARCHITECTURES[model_type]
-    model = opened(tiny_model_factory(model_type), row)
-    experts = layer_of(model, row)
-    wanted = [stack[2].clone() for stack in gate_up_down(experts)]
-    shuffle_F = torch.randperm(128, generator=torch.Generator().manual_seed(4))
-    _copy_shuffled_(experts, 5, 2, shuffle_F)
+    row, model, experts, wanted = with_a_shuffled_copy(tiny_model_factory, model_type)
     for factor, stack in zip((1.5, 3.0, 2.0), gate_up_down(experts), strict=True):
         stack[5] *= factor  # cosines stay one where all three are scaled alike, and near one here
     model.save_pretrained(tmp_path)
