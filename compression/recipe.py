@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import (
     AfterValidator,
@@ -102,6 +102,29 @@ PatternText = Annotated[
 RoutingWeighted = Annotated[bool, Field(description="Weigh each token's outer product by its routing weight (arXiv:2505.03804).")]
 PropagateError = Annotated[bool, Field(description="Calibrate each block on the outputs of the already compressed ones.")]
 
+BlockIndex = Annotated[int, Field(ge=0, lt=2**16)]
+BlockIndices = Annotated[
+    tuple[BlockIndex, ...],
+    Field(min_length=1, description="Exactly these blocks, by their index in the source."),
+]
+
+
+def _count_named(data: Any, setting: str) -> Any:
+    """Fill in how many blocks are named, where they are; ValueError where that contradicts the count given."""
+    if not isinstance(data, dict):
+        return data
+    given = cast("dict[str, object]", data)
+    blocks = given.get("blocks")
+    if not isinstance(blocks, list | tuple):
+        return given
+    named = cast("Sequence[object]", blocks)
+    if len(set(map(str, named))) != len(named):
+        raise ValueError("blocks names a block twice")
+    if given.get(setting, len(named)) != len(named):
+        raise ValueError(f"blocks names {len(named)} blocks and {setting} says {given[setting]}; leave {setting} out")
+    return {**given, setting: len(named)}
+
+
 CALIBRATED = frozenset({"wanda", "sparsegpt", "gptq", "awq"})
 """The methods that look at what enters a weight; the others see the weight alone."""
 
@@ -130,6 +153,15 @@ class Prune(Step):
         return self.method in CALIBRATED
 
 
+class BlockSchemes(Settings):
+    """What one block does otherwise than the rest; None: as the rest."""
+
+    experts: SchemeOrKeep | None = None
+    attention: SchemeOrKeep | None = None
+    shared_experts: SchemeOrKeep | None = None
+    dense: SchemeOrKeep | None = None
+
+
 class Quantize(Step):
     """Store the weights of every expert as small integers with a scale per group of inputs."""
 
@@ -142,6 +174,9 @@ class Quantize(Step):
     attention: SchemeOrKeep = Field(default="keep", description="Scheme for the attention projections.")
     shared_experts: SchemeOrKeep = Field(default="keep", description="Scheme for shared experts.")
     dense: SchemeOrKeep = Field(default="keep", description="Scheme for the feed-forward of blocks without experts.")
+    by_block: dict[BlockIndex, BlockSchemes] = Field(
+        default={}, description="Blocks whose schemes are others, by their index in the source; experts only in profile custom."
+    )
     routing_weighted: RoutingWeighted = False
     propagate_error: PropagateError = True
 
@@ -173,6 +208,9 @@ class ExpertDrop(Step):
     experts_kept: Annotated[int, Field(gt=0, description="Routed experts left in each MoE layer.")] | None = None
     fraction_dropped: Fraction | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31, description="Of the criterion random; the others have no use for it.")] = 0
+    experts_kept_in: dict[BlockIndex, Annotated[int, Field(gt=0)]] = Field(
+        default={}, description="Blocks whose MoE layer keeps another number than experts_kept, with that number."
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> ExpertDrop:
@@ -204,6 +242,12 @@ class LayerDrop(Step):
     step: Literal["layer_drop"] = "layer_drop"
     layers_dropped: Annotated[int, Field(gt=0)]
     criterion: Literal["cosine"] = "cosine"
+    blocks: BlockIndices | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_the_named(cls, data: Any) -> Any:
+        return _count_named(data, "layers_dropped")
 
 
 class BlockDrop(Step):
@@ -212,6 +256,12 @@ class BlockDrop(Step):
     step: Literal["block_drop"] = "block_drop"
     blocks_dropped: Annotated[int, Field(gt=0)]
     selection: Literal["discrete", "consecutive"] = "discrete"
+    blocks: BlockIndices | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_the_named(cls, data: Any) -> Any:
+        return _count_named(data, "blocks_dropped")
 
 
 class ExpertSkip(Step):

@@ -77,6 +77,13 @@ def resolve(recipe: Recipe, serving: Serving, inventory: Inventory, *, profile: 
     return Resolved(tuple(steps), replace(cut, pattern=packed_pattern(steps, profile, inventory.architecture)))
 
 
+def group_size_for(inventory: Inventory, serving: Serving, components: Iterable[Component]) -> int:
+    """Return the most inputs that can share a scale in every matrix of these components; -1: no group size divides them all."""
+    cut = Cut(inventory.experts, schemes=dict.fromkeys(components, "W4A16"))
+    widths = _widths(inventory, cut, serving)
+    return next((size for size in _GROUP_SIZES if all(width.inputs % size == 0 for width in widths)), WHOLE_ROW)
+
+
 def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: Target) -> tuple[AnyStep, Cut]:
     match step:
         case ExpertDrop(scope="global"):
