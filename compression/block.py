@@ -187,6 +187,14 @@ class Shell:
             raise BrokenCheckpoint(f"the checkpoint has no tensor for {', '.join(sorted(holes)[:3])}")
 
 
+class Blocks(Shell):
+    """The blocks of a model and nothing around them: enough to make one live, not to embed tokens or read logits."""
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Build the blocks of a config.json."""
+        self._build(config, device)
+
+
 class Unpacker(Shell):
     """Makes the quantized tensors of one block dense, through the stock quantizer hooks, under the stock's saved names."""
 

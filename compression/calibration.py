@@ -35,6 +35,9 @@ RUN = 32
 SHARED_ALLOWED = 0.05
 """Share of the evaluation tokens that may lie in shared runs: licence headers and other set phrases recur anywhere."""
 
+SPARE = 64
+"""Windows beyond the samples that are kept at hand, at most."""
+
 _EVALUATION_SEED = 0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
@@ -44,6 +47,8 @@ class TokenSet:
     """Samples of tokens, and where they came from."""
 
     ids_NS: Tensor
+    spare_NS: Tensor
+    """More windows of the same text, none of them a sample: what plans are priced and tried on. SPARE, if so many are left."""
     domains: tuple[str, ...]
     domain_N: Tensor
     """Index into ``domains`` of each sample."""
@@ -150,7 +155,9 @@ def _load(parts: Sequence[_Part], wanted: _Wanted, tokenizer_folder: Path) -> To
     generator = torch.Generator().manual_seed(wanted.seed)
     asked = _shared_out(wanted.samples, [part.weight for part in parts])
     readings = [_read(part, count, wanted, tokenizer) for part, count in zip(parts, asked, strict=True)]
-    drawn = [_draw(reading.ids, count, wanted, generator) for reading, count in zip(readings, asked, strict=True)]
+    windows = [_shuffled(reading.ids, wanted, generator) for reading in readings]
+    drawn = [ids_WS[:count] for ids_WS, count in zip(windows, asked, strict=True)]
+    spare = zip(windows, asked, _shared_out(SPARE, [part.weight for part in parts]), strict=True)
     counts = [len(ids_NS) for ids_NS in drawn]
     if not sum(counts):
         _refuse_too_short(parts, readings, wanted)
@@ -158,6 +165,7 @@ def _load(parts: Sequence[_Part], wanted: _Wanted, tokenizer_folder: Path) -> To
     domains = [_describe_domain(*row, wanted) for row in zip(parts, asked, counts, readings, strict=True)]
     return TokenSet(
         ids_NS=ids_NS,
+        spare_NS=torch.cat([ids_WS[count : count + more] for ids_WS, count, more in spare]),
         domains=tuple(part.name for part in parts),
         domain_N=domain_N,
         content_hash=_content_hash(ids_NS, domain_N),
@@ -219,10 +227,10 @@ def _tokenised(part: _Part, tokenizer: PreTrainedTokenizerBase) -> Iterator[tupl
         before = [end] if piece.last and end is not None else []
 
 
-def _draw(ids: Tensor, samples: int, wanted: _Wanted, generator: torch.Generator) -> Tensor:
+def _shuffled(ids: Tensor, wanted: _Wanted, generator: torch.Generator) -> Tensor:
     windows = len(ids) // wanted.sequence_length
     ids_WS = ids[: windows * wanted.sequence_length].view(windows, wanted.sequence_length)
-    return ids_WS[torch.randperm(windows, generator=generator)[:samples]]
+    return ids_WS[torch.randperm(windows, generator=generator)]
 
 
 def _refuse_too_short(parts: Sequence[_Part], readings: Sequence[_Reading], wanted: _Wanted) -> None:

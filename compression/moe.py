@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,25 @@ def moe_layer(architecture: Architecture, block: nn.Module) -> MoELayer | None:
     for part in architecture.running_experts.split("."):
         module = getattr(module, part, None)
     return MoELayer(module) if module is not None and hasattr(module, "down_proj") else None
+
+
+@contextmanager
+def without_layer(architecture: Architecture, block: nn.Module) -> Generator[None]:
+    """Let a live block's MoE layer, and what runs beside it for every token, answer zeros: as if the layer had been dropped."""
+    silent = [(architecture.running_moe, architecture.layer_returns), *((name, 1) for name in architecture.shared_beside)]
+    modules = [(block.get_submodule(name), returns) for name, returns in silent]
+    for module, returns in modules:
+        module.forward = partial(_nothing, returns)
+    try:
+        yield
+    finally:
+        for module, _ in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _nothing(returns: int, x: Tensor, *_: Any, **__: Any) -> Any:
+    zeros = torch.zeros_like(x)
+    return zeros if returns == 1 else (zeros, *[None] * (returns - 1))
 
 
 def attention_module(architecture: Architecture, block: nn.Module) -> nn.Module:

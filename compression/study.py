@@ -6,7 +6,8 @@ statistics are taken from that very run. What costs more than a few reductions i
 
 * ``sample``: a few tokens shown to every expert, for the search over subsets and for how alike outputs are;
 * ``likeness``: how alike the experts' matrices are, without any token;
-* ``trials``: the error of every matrix at trial settings of slimming.
+* ``trials``: the error of every matrix at trial settings of slimming;
+* ``prices``: what every lever costs in divergence, which ``sensitivity.py`` measures beside this visitor.
 
 Shapes: M domains, E experts, T tokens, K experts per token, D width, L blocks, P token-expert pairs, B bins, S sampled tokens.
 """
@@ -20,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Part = Literal["weights", "tokens", "sample", "likeness", "trials"]
+from compression.planner.prices import Prices
+
+Part = Literal["weights", "tokens", "sample", "likeness", "trials", "prices"]
 """``weights``: sums over each expert's weights, which every study holds; alone, it needs no text."""
 RATIO_BINS = 4096
 """Bins of [0, 1] in which the ratios for expert skipping are counted: a median is known to 1/4096."""
@@ -154,6 +157,7 @@ class Study:
     """Sum over sampled tokens of cos(input of block i, output of block j); zero where j < i."""
     sampled_M: Tensor | None = None
     """Tokens in ``span_MLL``."""
+    prices: Prices | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of each part; of ``tokens``, the whole pass with the model's own work."""
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.checkpoint.reader import Reader
+from compression.planner.prices import Prices
 from compression.study import ExpertStatistics, Likeness, Part, Sample, Study, Trials
 
 _log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def load(folder: Path) -> Study:
         span_MLL=tensors.get("span_MLL"),
         sampled_M=tensors.get("sampled_M"),
         seconds=description["seconds"],
+        prices=Prices.model_validate(description["prices"]) if description.get("prices") else None,
     )
     inside: dict[str, dict[int, dict[str, Tensor]]] = {"cosine": {}, "experts": {}, "trials": {}}
     for name, tensor in tensors.items():
@@ -142,6 +144,7 @@ def describe(study: Study) -> dict[str, Any]:
         "tokens": study.tokens_M.tolist(),
         "trial_settings": list(next(iter(study.trials.values())).settings) if study.trials else [],
         "seconds": study.seconds,
+        "prices": study.prices.model_dump(mode="json") if study.prices is not None else None,
         "blocks": blocks,
     }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Stream:
         masks = [None] * ids_NS.shape[0] if attention_mask_NS is None else attention_mask_NS.split(rows)
         self.device = shell.device
         self.dtype = dtype or shell.dtype
-        self._stored = shell.dtype
+        self.stored = shell.dtype
         self.ids: list[Tensor] = list(ids_NS.split(rows))
         self.hidden: list[Tensor] = []
         self.blocks = len(shell.blocks)
@@ -66,11 +67,17 @@ class Stream:
         for ids_BS, mask_BS in zip(self.ids, masks, strict=False):
             recording = shell.record(ids_BS, mask_BS)
             self.hidden.append(recording.hidden_BSD.to(self.dtype).cpu())
-            self._calls.append(tuple(_share(call, seen, self._stored, self.dtype) for call in recording.calls))
+            self._calls.append(tuple(_share(call, seen, self.stored, self.dtype) for call in recording.calls))
+
+    def fork(self) -> Stream:
+        """Return a stream that goes its own way from here: the same tokens, and what the stock model passes to blocks."""
+        twin = copy(self)
+        twin.hidden, twin._answers = list(self.hidden), None
+        return twin
 
     def convert_(self, block: nn.Module) -> nn.Module:
         """Bring a live block's weights into the dtype that the stream computes in, and return it."""
-        return block if self.dtype == self._stored else block.to(self.dtype)
+        return block if self.dtype == self.stored else block.to(self.dtype)
 
     def push(self, index: int, block: nn.Module, observe: Observer | None = None) -> None:
         """Replace the activations by the block's outputs; NonFiniteWeights if one is NaN or infinite."""
@@ -120,7 +127,7 @@ class Stream:
 
     def logits(self, shell: Shell) -> Iterator[Tensor]:
         """Yield the logits [B, S, V] of each micro-batch, in the stream's dtype; call after the last block."""
-        if self.dtype != self._stored:
+        if self.dtype != self.stored:
             shell.convert_(self.dtype)
         for ids_BS, hidden_BSD in zip(self.ids, self.hidden, strict=True):
             yield shell.logits(ids_BS, hidden_BSD)

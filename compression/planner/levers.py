@@ -37,6 +37,8 @@ class Levers:
     counts: tuple[int, ...]
     criteria: tuple[str, ...]
     schemes: Mapping[Lever, tuple[str, ...]]
+    components: Mapping[Lever, tuple[Component, ...]]
+    """What each lever's scheme is for, of what this model has and allows to quantize."""
     drops: tuple[Drop, ...]
     group_size: int
 
@@ -45,12 +47,14 @@ def levers_of(inventory: Inventory, serving: Serving | None = None, profile: Pro
     """Return what a request of this profile leaves open; with neither, all that is priced."""
     serving = serving or Serving()
     schemes = _schemes(inventory, profile)
+    components: dict[Lever, tuple[Component, ...]] = {lever: components_of(lever, inventory) for lever in schemes}
     return Levers(
         counts=_counts(inventory, serving),
         criteria=("reap", "expert_norm", *(("reconstruction",) if inventory.experts <= _FEW else ())),
         schemes=schemes,
+        components=components,
         drops=tuple(_drops(inventory, profile)),
-        group_size=group_size_for(inventory, serving, [part for lever in schemes for part in components_of(lever, inventory)]),
+        group_size=group_size_for(inventory, serving, [part for parts in components.values() for part in parts]),
     )
 
 

@@ -87,6 +87,8 @@ class Prices(_Part):
     measured: bool
     """False for prices that were not taken on this model but are usual; a plan from them is provisional."""
     tokens: int
+    text: str
+    """sha256 of the tokens that prices are taken on."""
     loss: float
     """Mean next-token loss of the original on the text that prices are taken on, in nats; 0 where nothing was measured."""
     group_size: int
