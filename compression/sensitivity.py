@@ -61,10 +61,10 @@ class _Scheme(NamedTuple):
 class Sensitivity:
     """Streams that have forked from the clean one, and what they met."""
 
-    def __init__(self, reader: Reader, architecture: Architecture, levers: Levers, routing: Routing, clean: Stream) -> None:
-        """``clean``: the tokens that prices are taken on, before the first block."""
-        self._architecture, self._levers, self._routing, self._clean = architecture, levers, routing, clean
-        self._reader = reader
+    def __init__(self, reader: Reader, levers: Levers, routing: Routing, clean: Stream, probe: Stream) -> None:
+        """``clean``: the tokens that prices are taken on; ``probe``: those that show a block's errors, some of them will do."""
+        self._reader, self._architecture = reader, reader.architecture
+        self._levers, self._routing, self._clean, self._probe = levers, routing, clean, probe
         counts = [_Count(criterion, kept) for criterion in levers.criteria for kept in levers.counts]
         schemes = [_Scheme(lever, s, m) for lever, named in levers.schemes.items() for s in named for m in _METHODS]
         self._wholes: dict[_Count | _Scheme, Stream] = {key: clean.fork() for key in (*counts, *schemes)}
@@ -74,7 +74,7 @@ class Sensitivity:
 
     def visit(self, index: int, block: nn.Module, saved: Mapping[str, Tensor], collected: Collected, study: Study) -> None:
         """Take every stream through a live block, and fork those that begin here; ``collected`` is of the calibration tokens."""
-        outputs = [output_BSD for _, output_BSD in self._clean.peek(index, block)]
+        right = [output_BSD for _, output_BSD in self._probe.peek(index, block)]
         for stream in self._alone.values():
             stream.push(index, block)
         for drop in (Drop("block", index), Drop("layer", index)):
@@ -82,14 +82,15 @@ class Sensitivity:
                 self._alone[drop] = _dropped(self._clean, drop, block, self._architecture)
         altered: set[_Count | _Scheme] = set()
         for keys, changed in self._changes(index, block, saved, collected, study):
-            error = self._error(index, changed, outputs)
+            error = self._error(index, changed, right)
             for key in keys:
                 self._errors[key][index] = error
                 self._wholes[key].push(index, changed)
             altered.update(keys)
         for key in self._wholes.keys() - altered:  # this block has no such lever
             self._wholes[key].push(index, block)
-        self._clean.hidden = [output_BSD.cpu() for output_BSD in outputs]
+        self._clean.push(index, block)
+        self._probe.hidden = [output_BSD.cpu() for output_BSD in right]
 
     def linears(self, saved: Iterable[str], block: nn.Module) -> dict[str, nn.Linear]:
         """Return all linear layers of a block that some lever quantizes, by saved name."""
@@ -165,11 +166,11 @@ class Sensitivity:
             self._trimmed[kept] = Blocks(cut_config(self._reader.config, self._architecture, cuts), self._clean.device)
         return self._trimmed[kept]
 
-    def _error(self, index: int, block: nn.Module, outputs: Sequence[Tensor]) -> float:
+    def _error(self, index: int, block: nn.Module, right: Sequence[Tensor]) -> float:
         """Return the mean over tokens of the squared error in the block's output over the squared output, on the clean input."""
         total, tokens = 0.0, 0
-        for batch, output_BSD in self._clean.peek(index, block):
-            right_BSD = outputs[batch].float()
+        for batch, output_BSD in self._probe.peek(index, block):
+            right_BSD = right[batch].float()
             lost_BS = (output_BSD.float() - right_BSD).square().sum(-1) / right_BSD.square().sum(-1).clamp(min=1e-30)
             total, tokens = total + float(lost_BS.sum(dtype=torch.float64)), tokens + lost_BS.numel()
         return total / tokens

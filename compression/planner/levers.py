@@ -50,7 +50,7 @@ def levers_of(inventory: Inventory, serving: Serving | None = None, profile: Pro
     components: dict[Lever, tuple[Component, ...]] = {lever: components_of(lever, inventory) for lever in schemes}
     return Levers(
         counts=_counts(inventory, serving),
-        criteria=("reap", "expert_norm", *(("reconstruction",) if inventory.experts <= _FEW else ())),
+        criteria=("reconstruction" if inventory.experts <= _FEW else "reap", "expert_norm"),
         schemes=schemes,
         components=components,
         drops=tuple(_drops(inventory, profile)),
