@@ -167,7 +167,7 @@ def artifact_sizes(inventory: Inventory, cut: Cut) -> Sizes:
     droppable = inventory.droppable[0]
     _add(components, by_kind[droppable], -cut.blocks_dropped)
     if cut.layers_dropped:
-        _add(components, _of_moe_layer(inventory, cut), -cut.layers_dropped)
+        _add(components, moe_layer_bytes(inventory, cut), -cut.layers_dropped)
     if cut.experts_dropped:
         _add(components, expert_bytes(inventory, cut, inventory.blocks[droppable]), -cut.experts_dropped)
     blocks = tuple(sum(by_kind[kind].values()) for kind in inventory.kinds)
@@ -180,7 +180,7 @@ def expert_bytes(inventory: Inventory, cut: Cut, block: Block) -> dict[Component
     return {component: more[component] - fewer[component] for component in more}
 
 
-def _of_moe_layer(inventory: Inventory, cut: Cut) -> dict[Component, int]:
+def moe_layer_bytes(inventory: Inventory, cut: Cut) -> dict[Component, int]:
     """Return what a block loses with its MoE layer: all of that, and its norm or, for a stock class, nothing but that."""
     block = inventory.blocks[inventory.droppable[0]]
     norm = f"{inventory.architecture.feed_forward_norm}."
@@ -212,7 +212,7 @@ def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
     """
     if serving.context_tokens == 0:
         return 0
-    caches = [_block_cache(inventory, block, serving.context_tokens) for block in inventory.blocks]
+    caches = [block_cache(inventory, block, serving.context_tokens) for block in inventory.blocks]
     dropped = sorted(caches[index] for index in inventory.droppable)[: cut.blocks_dropped]
     return (sum(caches) - sum(dropped)) * serving.batch_size
 
@@ -294,7 +294,7 @@ def _add(totals: dict[Component, int], more: Mapping[Component, int], times: int
         totals[component] += times * size
 
 
-def _block_cache(inventory: Inventory, block: Block, context: int) -> int:
+def block_cache(inventory: Inventory, block: Block, context: int) -> int:
     """Keys and values of one sequence in one block; latent attention caches the latent and its rotary part instead.
 
     What stands in for attention in some blocks (linear attention, convolution) keeps a state that does not grow with the text,
