@@ -27,12 +27,14 @@ class Minimum(NamedTuple):
 
     values: tuple[float, ...]
     gap: float
+    bound: float
+    """What no solution goes below."""
 
 
-def minimise(costs: Sequence[float], rows: Iterable[Row], *, binary: int, gap: float, seconds: float) -> Minimum | None:
+def minimise(costs: Sequence[float], rows: Iterable[Row], *, whole: Sequence[bool], gap: float, seconds: float) -> Minimum | None:
     """Return the least solution found; None where there is none, or none was found in time.
 
-    The first ``binary`` columns are 0 or 1, the others lie between.
+    Columns lie between 0 and 1; those that are ``whole`` are one of the two.
     """
     import numpy as np
 
@@ -47,14 +49,14 @@ def minimise(costs: Sequence[float], rows: Iterable[Row], *, binary: int, gap: f
     with _quiet():
         result: Any = optimize.milp(
             np.array(costs),
-            integrality=np.arange(len(costs)) < binary,
+            integrality=np.array(whole),
             bounds=optimize.Bounds(0, 1),
             constraints=optimize.LinearConstraint(matrix, [row.low for row in rows], [row.high for row in rows]),
             options={"mip_rel_gap": gap, "time_limit": seconds},
         )
     if result.x is None:
         return None
-    return Minimum(tuple(map(float, result.x)), float(result.mip_gap or 0.0))
+    return Minimum(tuple(map(float, result.x)), float(result.mip_gap or 0.0), float(result.mip_dual_bound))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _layerless(inventory: Inventory, levers: Levers, attention: str | None, stan
 def _parts(inventory: Inventory, levers: Levers, block: Block, scheme: str) -> tuple[dict[Lever, Line], set[Lever], Line]:
     """Return the bytes by lever with one scheme for all of them, the levers that slim something here, and all other bytes."""
     lever_of: dict[Component, Lever] = {component: lever for lever in LEVERS for component in COMPONENTS_OF[lever]}
-    quantizable = [part for parts in levers.components.values() for part in parts]
+    quantizable: list[Component] = [part for parts in levers.components.values() for part in parts]
     slim: dict[Component, str] = dict.fromkeys(quantizable, scheme)
     totals: list[dict[Lever | None, int]] = []
     touched: set[Lever] = set()
