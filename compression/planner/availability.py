@@ -95,8 +95,6 @@ def missing_in(request: Compression) -> Iterator[Missing]:
     if isinstance(request.recipe, Recipe):
         for position, step in enumerate(request.recipe.steps):
             yield from _missing_in_step(step, f"/recipe/steps/{position}")
-    else:
-        yield Missing("/recipe", 'recipe "auto" is not available yet; write the steps out: {"steps": [{"step": "quantize"}]}')
     yield from _missing_in_text(request)
     if request.evaluation.benchmarks:
         yield Missing("/evaluation/benchmarks", "benchmarks are not available yet; perplexity and divergence are measured always")

@@ -69,8 +69,7 @@ def solvers(resolved: Resolved) -> list[str]:
 
 
 def _of_order(request: Compression, resolved: Resolved) -> Iterator[Warned]:
-    assert isinstance(request.recipe, Recipe)
-    if request.recipe.normal_order() != tuple(range(len(request.recipe.steps))):
+    if isinstance(request.recipe, Recipe) and request.recipe.normal_order() != tuple(range(len(request.recipe.steps))):
         order = ", ".join(step.step for step in resolved.steps)
         yield Warned("steps_reordered", f"the steps are worked in normal form: {order}")
 
