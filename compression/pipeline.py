@@ -22,8 +22,9 @@ from compression.auto import Pricing, parts_to_study, pricing_text, settled
 from compression.block import Shell, dtype_of
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
 from compression.checkpoint.reader import Reader
+from compression.checkpoint.schemes import quantized_entries
 from compression.checkpoint.source import open_source
-from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
+from compression.checkpoint.writer import Writer, sparse_config, write_json
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
@@ -246,9 +247,9 @@ class Run:
         trimmed = self._trimmed(self.cuts)
         config = dict(trimmed.config)
         if self.quantize is not None:
-            config["quantization_config"] = quantization_config(self.architecture, self.quantize, trimmed.config)
+            config |= quantized_entries(self.architecture, self.quantize, trimmed.config, self.cuts.blocks)
         if self.slimming.packed is not None:
-            config |= sparse_config(self.slimming.packed, trimmed.config)
+            config |= sparse_config(self.slimming.packed, config)
         writer = Writer(self.out, config)
         try:
             self._write_blocks(writer, trimmed, config)
