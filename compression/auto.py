@@ -65,8 +65,8 @@ def pricing_text(calibration: TokenSet) -> PricingText:
     if len(windows_NS) < _FEWEST:
         windows_NS = calibration.ids_NS[:, :_LONGEST]
         note = (
-            "the calibration text has too few windows beyond its samples: plans are priced and tried on samples, and bits look cheaper "
-            "than they are"
+            "the calibration text has too few windows beyond its samples, so plans are priced and tried on samples: bits look "
+            "cheaper than they are"
         )
     priced, tried = (min(_MOST, max(_FEWEST, tokens // windows_NS.shape[1])) for tokens in (_PRICED_TOKENS, _TRIED_TOKENS))
     if len(windows_NS) < priced + tried:
