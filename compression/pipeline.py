@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import compressed_tensors
 import psutil
 import torch
-import transformers
 
-from compression.analysis.tables import analysis_tables
 from compression.architectures import Architecture, find_architecture
 from compression.auto import Pricing, parts_to_study, pricing_text, settled
 from compression.block import Shell, dtype_of
@@ -38,8 +33,9 @@ from compression.planner.known import remember
 from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
-from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first
+from compression.recipe import AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
+from compression.report import LedgerRow, Quality, Report, Verification, model_card
+from compression.reporting import report_of
 from compression.slim import Slimming
 from compression.study import Study
 from compression.study_store import StudyStore
@@ -88,7 +84,7 @@ def compress(
         run.evaluate()
     with run.stage("verifying"):
         run.verify()
-    report = run.report()
+    report = report_of(run)
     write_json(out / "report.json", report.model_dump(mode="json"))
     (out / "README.md").write_text(model_card(report), encoding="utf-8")
     run.refuse_violations(report)
@@ -320,51 +316,6 @@ class Run:
         if self.plan.profile == "custom":
             self.verification = self.verification.model_copy(update={"rules_of_vllm": "not followed"})
 
-    def report(self) -> Report:
-        """Put together what happened."""
-        blocks, ledger = self._block_rows(), tuple(self.ledger)
-        return Report(
-            model=self.request.model,
-            revision=self.request.revision,
-            profile=self.plan.profile,
-            steps=tuple(self.plan.steps),
-            bytes_before=self.plan.bytes_before,
-            bytes_after=self.bytes_after,
-            bytes_planned=self.bytes_planned,
-            target_bytes=self.plan.target_bytes,
-            memory=dict(self.plan.memory),
-            components=dict(self.plan.components),
-            quality=self.quality,
-            lost=worst_first(self.quality, blocks, ledger),
-            warnings=tuple(self.warnings),
-            blocks=blocks,
-            ledger=ledger,
-            verification=self.verification,
-            study=self._study_note(),
-            analysis=self._analysis(),
-            calibration=None if self.calibration is None else _provenance(self.calibration),
-            evaluation=_provenance(self.evaluation),
-            seconds=self.seconds,
-            peak_memory_bytes=_peak_memory(),
-            versions=_versions(self.device),
-        )
-
-    def _analysis(self) -> dict[str, Any] | None:
-        if self.study is None or not any(isinstance(step, Analyze) for step in self.steps):
-            return None
-        return analysis_tables(self.study)
-
-    def _study_note(self) -> StudyNote | None:
-        if self.study is None:
-            return None
-        return StudyNote(
-            parts=tuple(sorted(self.study.parts)),
-            tokens=int(self.study.tokens_M.sum()),
-            domains=self.study.domains,
-            reused=self.study_reused,
-            seconds={part: round(seconds, 3) for part, seconds in self.study.seconds.items()},
-        )
-
     def refuse_violations(self, report: Report) -> None:
         """Raise ConstraintViolated when the artifact is worse than the request accepts."""
         wanted, retention = self.request.constraints.min_retention, report.quality.retention
@@ -374,52 +325,6 @@ class Run:
                 'or set on_violation to "report"'
             )
 
-    def _block_rows(self) -> tuple[BlockRow, ...]:
-        places = {source: index for index, source in enumerate(self.cuts.blocks)}
-        rows: list[BlockRow] = []
-        for block in self.whole.blocks:
-            statistics = self.study.experts.get(block) if self.study is not None else None
-            seen = statistics if statistics is not None and statistics.tokens else None
-            before = self.whole.experts.get(block)
-            lost_layer = block in self.cuts.layers_dropped
-            rows.append(
-                BlockRow(
-                    index=block,
-                    action="keep" if block in places else "drop",
-                    index_after=places.get(block),
-                    experts_kept=self.cuts.experts.get(block),
-                    experts_before=len(before) if before is not None else None,
-                    moe_layer=("drop" if lost_layer else "keep") if before is not None and block in places else None,
-                    merged=dict(self.cuts.merged[block]) if block in self.cuts.merged else None,
-                    skip_beta=self.cuts.skip.get(block),
-                    cosine=self.study.cosine(block) if self.study is not None and block in self.study.cosine_M else None,
-                    layer_cosine=seen.layer_cosine if seen is not None else None,
-                    expert_tokens=tuple(int(n) for n in seen.total("count").tolist()) if seen is not None else None,
-                )
-            )
-        return tuple(rows)
-
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _provenance(tokens: TokenSet) -> dict[str, Any]:
-    return {**tokens.description, "tokens": tokens.tokens, "content_hash": tokens.content_hash}
-
-
-def _peak_memory() -> dict[str, int]:
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peak["accelerator"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "compressed_tensors": compressed_tensors.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-    }

@@ -37,7 +37,6 @@ NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
     ({"step": "recover", "method": "router_distill"}, "/step", "recover"),
 ]
 SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
-    ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
     ({"model": "s3://bucket/model"}, "/model"),
     ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
     (
