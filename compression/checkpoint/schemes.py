@@ -53,14 +53,8 @@ def quantization_config(
     The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
     for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
     """
-    schemes = _scheme_by_block(architecture, step, trimmed, blocks)
-    several = len(set(schemes["experts"].values())) > 1
-    schemes["experts"] = dict.fromkeys(schemes["experts"], "keep") if several else schemes["experts"]
-    groups: dict[str, list[str]] = {}
-    kept: list[str] = []
-    for pattern, component in _patterns(architecture).items():
-        for scheme, places in _by_scheme(schemes[component]).items():
-            (kept if scheme == "keep" else groups.setdefault(scheme, [])).append(_named(pattern, places))
+    groups = _targets(architecture, _scheme_by_block(architecture, step, trimmed, blocks))
+    kept = groups.pop("keep", [])
     if not groups:
         return {}
     if len(groups) == 1:
@@ -82,6 +76,18 @@ def quantization_config(
         "config_groups": {f"group_{number}": group for number, group in enumerate(stated)},
         **sparsity,
     }
+
+
+def _targets(architecture: Architecture, schemes: Mapping[Component, Mapping[int, str]]) -> dict[str, list[str]]:
+    """Return the patterns of each scheme, "keep" among them; experts of several schemes are kept as far as engines can tell."""
+    targets: dict[str, list[str]] = {}
+    for pattern, component in _patterns(architecture).items():
+        by_scheme = _by_scheme(schemes[component])
+        if component == "experts" and len(by_scheme) > 1:
+            by_scheme = {"keep": None}
+        for scheme, places in by_scheme.items():
+            targets.setdefault(scheme, []).append(_named(pattern, places))
+    return targets
 
 
 def _ignored(architecture: Architecture, kept: Iterable[str]) -> list[str]:
@@ -154,6 +160,7 @@ def _scheme_by_block(
     found: dict[Component, dict[int, str]] = {"experts": {}, "attention": {}, "shared_experts": {}, "dense": {}}
     if step.by_block:
         assert trimmed is not None, "which blocks are mixtures stands in the trimmed config"
+        assert blocks, "the recipe knows blocks by their index in the source"
         for index, block in enumerate(blocks):
             for component in _components(architecture, trimmed, index):
                 found[component][index] = step.scheme_in(block, component)
