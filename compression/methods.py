@@ -125,10 +125,8 @@ def choose_cuts(steps: tuple[object, ...], study: Study | None, cuts: Cuts, choi
                 assert study is not None
                 cuts = expert_merge.choose(study, step, cuts, choice.routing)
             case LayerDrop():
-                assert study is not None
                 cuts = layer_drop.choose(study, step, cuts, choice.blocks, prefix=choice.prefix)
             case BlockDrop():
-                assert study is not None
                 cuts = block_drop.choose(study, step, cuts, choice.blocks)
             case ExpertSkip():
                 cuts = expert_skip.choose(study, step, cuts)
@@ -142,7 +140,7 @@ def parts_for(steps: Iterable[object]) -> frozenset[Part]:
     parts: set[Part] = set()
     for step in steps:
         match step:
-            case ExpertDrop(criterion="random"):
+            case ExpertDrop(criterion="random") | LayerDrop(blocks=tuple()) | BlockDrop(blocks=tuple()):
                 pass
             case ExpertDrop(criterion="aimer"):
                 parts.add("weights")

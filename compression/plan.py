@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from compression.checkpoint.headers import Checkpoint
 from compression.errors import RecipeExceedsTarget, TargetUnreachable
 from compression.planner.availability import check_request
-from compression.planner.inventory import Inventory, take_inventory
+from compression.planner.inventory import Block, Inventory, take_inventory
 from compression.planner.resolve import resolve
 from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes, memory_class
 from compression.planner.smallest import smallest_cut
@@ -39,13 +39,13 @@ class PlannedBlock(PlanPart):
     """What becomes of one block of the source; None for what a dense block does not have, and for counts left to the study."""
 
     index: int
-    action: Literal["keep", "keep_or_drop"]
-    """``keep_or_drop``: the study chooses among these which blocks go, or lose their MoE layer."""
+    action: Literal["keep", "keep_or_drop", "drop", "drop_layer"]
+    """``keep_or_drop``: the study chooses among these which blocks go, or lose their MoE layer; the others are named."""
     experts_kept: int | None
     expert_scheme: str | None
-    attention_scheme: str
+    attention_scheme: str | None
     bytes: int
-    """Tensor bytes of the block in the artifact, if it stays."""
+    """Tensor bytes of the block in the artifact, if it stays; 0 where it is sure to go."""
 
 
 class FrontierPoint(PlanPart):
@@ -141,15 +141,23 @@ def _check_target(request: Compression, *, bytes_after: int, smallest: int) -> N
 
 
 def _planned_blocks(inventory: Inventory, cut: Cut, sizes: tuple[int, ...]) -> tuple[PlannedBlock, ...]:
-    open_to_drop = frozenset(inventory.droppable) if cut.blocks_dropped or cut.layers_dropped else frozenset[int]()
+    counted = cut.blocks_dropped + cut.layers_dropped > len(cut.named_blocks) + len(cut.named_layers)
+    open_to_drop = frozenset(inventory.droppable if counted else ()) - cut.named_blocks - cut.named_layers
     return tuple(
-        PlannedBlock(
-            index=block.index,
-            action="keep_or_drop" if block.index in open_to_drop else "keep",
-            experts_kept=cut.experts_kept if block.is_mixture and not cut.experts_dropped else None,
-            expert_scheme=cut.schemes.get("experts", "keep") if block.is_mixture else None,
-            attention_scheme=cut.schemes.get("attention", "keep"),
-            bytes=size,
-        )
+        _planned_block(block, cut, size, is_open=block.index in open_to_drop)
         for block, size in zip(inventory.blocks, sizes, strict=True)
+    )
+
+
+def _planned_block(block: Block, cut: Cut, size: int, *, is_open: bool) -> PlannedBlock:
+    at, gone = cut.at(block.index), block.index in cut.named_blocks
+    has_experts = block.is_mixture and not gone and block.index not in cut.named_layers
+    action = "drop" if gone else "drop_layer" if block.index in cut.named_layers else "keep_or_drop" if is_open else "keep"
+    return PlannedBlock(
+        index=block.index,
+        action=action,
+        experts_kept=at.experts_kept if has_experts and not cut.experts_dropped else None,
+        expert_scheme=at.schemes.get("experts", "keep") if has_experts else None,
+        attention_scheme=None if gone else at.schemes.get("attention", "keep"),
+        bytes=size,
     )

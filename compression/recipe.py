@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from compression.architectures import Component
+
 _UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -160,6 +162,16 @@ class BlockSchemes(Settings):
     attention: SchemeOrKeep | None = None
     shared_experts: SchemeOrKeep | None = None
     dense: SchemeOrKeep | None = None
+
+    def by_component(self) -> dict[Component, str]:
+        """Return the schemes that are given, by component."""
+        given: dict[Component, str | None] = {
+            "experts": self.experts,
+            "attention": self.attention,
+            "shared_experts": self.shared_experts,
+            "dense": self.dense,
+        }
+        return {component: scheme for component, scheme in given.items() if scheme is not None}
 
 
 class Quantize(Step):

@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from compression.architectures import Component, Refusable
 from compression.errors import ImpossibleStep, NotAvailable, NotLoadableInProfile
 from compression.planner.inventory import Inventory, config_count
+from compression.planner.named import check_first, kept_by_block, named_to_drop, refuse_open_choices, schemes_by_block
 from compression.planner.sizes import FLOAT, WHOLE_ROW, Cut, matrices_to_prune, matrices_to_quantize, packed_pattern
 from compression.planner.trims import (
     Target,
@@ -25,6 +26,7 @@ from compression.planner.trims import (
     listed,
     only_custom,
     refuse_part,
+    spelled_by_place,
     workable_counts,
 )
 from compression.recipe import (
@@ -72,6 +74,7 @@ def resolve(recipe: Recipe, serving: Serving, inventory: Inventory, *, profile: 
     for position in recipe.normal_order():
         step, cut = _resolve_step(recipe.steps[position], f"/recipe/steps/{position}", cut, target=target)
         steps.append(step)
+    refuse_open_choices(recipe.steps, recipe.normal_order(), cut)
     _refuse_two_calibrations(recipe)
     _check_split(cut, serving, inventory)
     return Resolved(tuple(steps), replace(cut, pattern=packed_pattern(steps, profile, inventory.architecture)))
@@ -90,14 +93,21 @@ def _resolve_step(step: AnyStep, pointer: str, cut: Cut, *, target: Target) -> t
             return step, replace(cut, experts_dropped=dropped_globally(step, pointer, cut, target=target))
         case ExpertDrop():
             kept = experts_kept(step, pointer, cut, target.inventory)
-            return step.model_copy(update={"experts_kept": kept, "fraction_dropped": None}), replace(cut, experts_kept=kept)
+            cut = kept_by_block(step, pointer, cut, kept, target=target)
+            return step.model_copy(update={"experts_kept": kept, "fraction_dropped": None}), cut
         case ExpertMerge():
             return step, replace(cut, experts_kept=experts_kept(step, pointer, cut, target.inventory))
         case BlockDrop():
             refuse_part("block_drop", f"{pointer}/step", target.inventory)
-            return step, replace(cut, blocks_dropped=blocks_dropped(step, pointer, cut, target.inventory))
+            named = named_to_drop(step, pointer, cut, target=target)
+            dropped = blocks_dropped(step, pointer, cut, target.inventory)
+            return step, replace(cut, blocks_dropped=dropped, named_blocks=cut.named_blocks | named)
         case LayerDrop():
-            return step, layers_dropped(step, pointer, cut, target=target)
+            named = named_to_drop(step, pointer, cut, target=target)
+            fewer = layers_dropped(step, pointer, cut, target=target)
+            if spelled_by_place(target):
+                check_first(step, pointer, cut, target=target)
+            return step, replace(fewer, named_layers=cut.named_layers | named)
         case ExpertSkip():
             only_custom(step, pointer, target.profile, "no stock class skips experts at run time")
             if target.inventory.top_k < 2:
@@ -155,7 +165,7 @@ def _refuse_two_calibrations(recipe: Recipe) -> None:
 
 
 def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: Target) -> tuple[AnyStep, Cut]:
-    if cut.schemes:
+    if cut.schemes or cut.schemes_in:
         raise ImpossibleStep("a weight can be quantized once; leave the second quantize step out", pointer=pointer)
     _refuse_family(step, pointer, target.inventory)
     wanted: dict[Component, str] = {
@@ -175,8 +185,9 @@ def _quantized(step: Quantize, pointer: str, cut: Cut, *, target: Target) -> tup
             pointer=f"{pointer}/dense",
         )
     cut = replace(cut, schemes={component: scheme for component, scheme in wanted.items() if scheme != "keep"})
+    cut = schemes_by_block(step, pointer, cut, target=target)
     if target.profile == "portable":
-        _refuse_few_bits(cut, pointer)
+        _refuse_few_bits(step, pointer)
     group_size = _group_size(step, f"{pointer}/group_size", cut, target=target)
     return step.model_copy(update={"group_size": group_size}), replace(cut, group_size=group_size)
 
@@ -200,10 +211,13 @@ def _refuse_family(step: Quantize, pointer: str, inventory: Inventory) -> None:
         )
 
 
-def _refuse_few_bits(cut: Cut, pointer: str) -> None:
-    for component, scheme in cut.schemes.items():
-        if BITS[scheme] < 4:
-            setting = "scheme" if component == "experts" else component
+def _refuse_few_bits(step: Quantize, pointer: str) -> None:
+    everywhere = {"scheme": step.scheme, "attention": step.attention, "shared_experts": step.shared_experts, "dense": step.dense}
+    asked: dict[str, str] = {setting: scheme for setting, scheme in everywhere.items()}
+    for block, given in step.by_block.items():
+        asked |= {f"by_block/{block}/{component}": scheme for component, scheme in given.by_component().items()}
+    for setting, scheme in asked.items():
+        if BITS.get(scheme, 16) < 4:
             raise NotLoadableInProfile(
                 f'{setting} {scheme}: vLLM reads 4 and 8 bits only, which profile "portable" promises to suit; '
                 'use W4A16, or profile "custom" for engines that read fewer',
@@ -214,7 +228,7 @@ def _refuse_few_bits(cut: Cut, pointer: str) -> None:
 def _group_size(step: Quantize, pointer: str, cut: Cut, *, target: Target) -> int:
     """Return how many inputs share one scale; -1 where every scheme is of floats, which have one scale a row anyway."""
     widths = _widths(target.inventory, cut, target.serving)
-    if set(cut.schemes.values()) == {FLOAT}:
+    if cut.schemes_used == frozenset((FLOAT,)):
         if step.group_size not in (None, WHOLE_ROW):
             raise ImpossibleStep(
                 f"{FLOAT} has one scale for a whole row, so group_size {step.group_size} has nothing to divide; leave it out",

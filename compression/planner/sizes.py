@@ -28,6 +28,8 @@ WHOLE_ROW = -1
 """The group size that gives a row of weights one scale."""
 FLOAT = "FP8_DYNAMIC"
 """The scheme without groups: a row of 8-bit floats has one scale, whatever the group size."""
+KEEP = "keep"
+"""The scheme of what stays as it is."""
 SOLVED = ("gptq", "awq", "sparsegpt")
 """Methods that work on Gram matrices: they need tokens, and memory for the matrices."""
 MEMORY_CLASSES: dict[str, int] = {
@@ -65,10 +67,37 @@ class Cut:
     """Inner values of the dense layer of zeros that stands where a MoE layer was; None where nothing does, not even its norm."""
     experts_dropped: int = 0
     """Experts gone from all MoE layers together: which layer loses how many is the study's choice."""
+    named_blocks: frozenset[int] = frozenset()
+    """Those of the dropped blocks that the recipe names; the study chooses the others."""
+    named_layers: frozenset[int] = frozenset()
+    """Those of the dropped MoE layers that the recipe names."""
+    kept_in: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Blocks that keep another number of experts, with that number."""
+    schemes_in: Mapping[int, Mapping[Component, str]] = field(default_factory=dict[int, Mapping[Component, str]])
+    """Blocks that store some components by other schemes, or "keep" them."""
 
     def dense(self) -> Cut:
         """Return the same trims without slimming: what transformers holds after every weight has been unpacked."""
-        return replace(self, schemes={}, pattern=None)
+        return replace(self, schemes={}, schemes_in={}, pattern=None)
+
+    def at(self, block: int) -> Cut:
+        """Return what is true of one block, as if it were so of all."""
+        if not self.kept_in and not self.schemes_in:
+            return self
+        schemes = {**self.schemes, **self.schemes_in.get(block, {})}
+        return replace(
+            self,
+            experts_kept=self.kept_in.get(block, self.experts_kept),
+            schemes={component: scheme for component, scheme in schemes.items() if scheme != KEEP},
+            kept_in={},
+            schemes_in={},
+        )
+
+    @property
+    def schemes_used(self) -> frozenset[str]:
+        """Every scheme that some matrix of some block is stored by."""
+        inside = (scheme for schemes in self.schemes_in.values() for scheme in schemes.values())
+        return frozenset((*self.schemes.values(), *inside)) - {KEEP}
 
 
 class PlannedTensor(NamedTuple):
@@ -112,6 +141,7 @@ def planned_tensors(inventory: Inventory, cut: Cut, block: Block | None) -> Iter
 
     Of the routed experts, the first ``experts_kept`` stand for whichever stay: they are all of one size.
     """
+    cut = cut if block is None else cut.at(block.index)
     for part in inventory.outside if block is None else block.parts:
         if part.expert is not None and part.expert >= cut.experts_kept:
             continue
@@ -149,29 +179,52 @@ def matrices_to_prune(inventory: Inventory, cut: Cut) -> Iterator[tuple[TensorHe
 
 
 def matrices_to_quantize(inventory: Inventory, cut: Cut) -> Iterator[tuple[TensorHeader, str]]:
-    """Yield every kind of matrix that the cut quantizes once, and its scheme: from a block of each likeness and its expert 0."""
-    for kind in sorted(set(inventory.kinds)):
-        block = inventory.blocks[kind]
+    """Yield every kind of matrix that the cut quantizes once by each of its schemes: from a block of each likeness, expert 0."""
+    for kind, schemes in sorted({(kind, _schemes_at(cut, block)) for block, kind in enumerate(inventory.kinds)}):
+        block, at = inventory.blocks[kind], replace(cut, schemes=dict(schemes))
         for part in block.parts:
-            scheme = scheme_of(part, cut, block)
+            scheme = scheme_of(part, at, block)
             if part.expert in (None, 0) and scheme is not None:
                 yield part.header, scheme
 
 
+def _schemes_at(cut: Cut, block: int) -> tuple[tuple[Component, str], ...]:
+    return tuple(sorted(cut.at(block).schemes.items()))
+
+
 def artifact_sizes(inventory: Inventory, cut: Cut) -> Sizes:
     """Return the artifact's tensor bytes; exact before the study, since the blocks it chooses from are alike."""
-    by_kind = {kind: _by_component(planned_tensors(inventory, cut, inventory.blocks[kind])) for kind in set(inventory.kinds)}
     components = _by_component(planned_tensors(inventory, cut, None))
-    for kind in inventory.kinds:
-        _add(components, by_kind[kind], 1)
-    droppable = inventory.droppable[0]
-    _add(components, by_kind[droppable], -cut.blocks_dropped)
-    if cut.layers_dropped:
-        _add(components, moe_layer_bytes(inventory, cut), -cut.layers_dropped)
+    found: dict[object, dict[Component, int]] = {}
+    blocks: list[int] = []
+    for index, kind in enumerate(inventory.kinds):
+        at, gone = cut.at(index), index in cut.named_blocks
+        key = (kind, at.experts_kept, _schemes_at(cut, index), index in cut.named_layers)
+        if key not in found and not gone:
+            found[key] = _block_bytes(inventory, at, inventory.blocks[kind], without_layer=index in cut.named_layers)
+        sizes = {} if gone else found[key]
+        _add(components, sizes, 1)
+        blocks.append(sum(sizes.values()))
+    _take_counted(components, inventory, cut)
+    return Sizes(components, tuple(blocks), sum(components.values()))
+
+
+def _block_bytes(inventory: Inventory, at: Cut, block: Block, *, without_layer: bool) -> dict[Component, int]:
+    sizes = _by_component(planned_tensors(inventory, at, block))
+    if without_layer:
+        _add(sizes, moe_layer_bytes(inventory, at), -1)
+    return sizes
+
+
+def _take_counted(components: dict[Component, int], inventory: Inventory, cut: Cut) -> None:
+    """Take off what the study chooses to drop: all that it chooses from are alike, so it matters not which."""
+    block = inventory.blocks[inventory.droppable[0]]
+    if blocks := cut.blocks_dropped - len(cut.named_blocks):
+        _add(components, _by_component(planned_tensors(inventory, cut, block)), -blocks)
+    if layers := cut.layers_dropped - len(cut.named_layers):
+        _add(components, moe_layer_bytes(inventory, cut), -layers)
     if cut.experts_dropped:
-        _add(components, expert_bytes(inventory, cut, inventory.blocks[droppable]), -cut.experts_dropped)
-    blocks = tuple(sum(by_kind[kind].values()) for kind in inventory.kinds)
-    return Sizes(components, blocks, sum(components.values()))
+        _add(components, expert_bytes(inventory, cut, block), -cut.experts_dropped)
 
 
 def expert_bytes(inventory: Inventory, cut: Cut, block: Block) -> dict[Component, int]:
@@ -213,8 +266,10 @@ def kv_cache_bytes(inventory: Inventory, cut: Cut, serving: Serving) -> int:
     if serving.context_tokens == 0:
         return 0
     caches = [block_cache(inventory, block, serving.context_tokens) for block in inventory.blocks]
-    dropped = sorted(caches[index] for index in inventory.droppable)[: cut.blocks_dropped]
-    return (sum(caches) - sum(dropped)) * serving.batch_size
+    named = sum(caches[index] for index in cut.named_blocks)
+    counted = cut.blocks_dropped - len(cut.named_blocks)
+    dropped = sorted(caches[index] for index in inventory.droppable if index not in cut.named_blocks)[:counted]
+    return (sum(caches) - named - sum(dropped)) * serving.batch_size
 
 
 def memory_class(inventory: Inventory, *, method: str | None) -> tuple[str, int]:

@@ -112,6 +112,12 @@ def layers_dropped(step: LayerDrop, pointer: str, cut: Cut, *, target: Target) -
     return replace(cut, layers_dropped=layers, zero_dense_width=width)
 
 
+def spelled_by_place(target: Target) -> bool:
+    """Say whether the profile's stock class can only be told that the first MoE layers are gone."""
+    architecture, config = target.inventory.architecture, target.inventory.config
+    return target.profile == "portable" and stock_layer_drop(architecture, config) == "prefix"
+
+
 def experts_kept(step: ExpertDrop | ExpertMerge, pointer: str, cut: Cut, inventory: Inventory) -> int:
     """Return how many experts a drop leaves of those that are left by now."""
     left, name = cut.experts_kept, step.step
@@ -121,6 +127,12 @@ def experts_kept(step: ExpertDrop | ExpertMerge, pointer: str, cut: Cut, invento
         assert isinstance(step, ExpertDrop), "a merge counts what it keeps"
         assert step.fraction_dropped is not None, "the step's class demands one of the two"
         kept, pointer = left - round(step.fraction_dropped * left), f"{pointer}/fraction_dropped"
+    check_count(name, kept, left, pointer, inventory)
+    return kept
+
+
+def check_count(name: str, kept: int, left: int, pointer: str, inventory: Inventory) -> None:
+    """Refuse to keep more experts than are left of a layer, or fewer than its router works with."""
     if kept > left:
         raise ImpossibleStep(f"{name} cannot keep {kept} experts: {left} are left", pointer=pointer)
     if kept < inventory.top_k:
@@ -136,7 +148,6 @@ def experts_kept(step: ExpertDrop | ExpertMerge, pointer: str, cut: Cut, invento
             f"within {inventory.groups_used} of {inventory.groups} equal groups; counts that work: {counts}",
             pointer=pointer,
         )
-    return kept
 
 
 def _enough_for_router(inventory: Inventory, kept: int) -> bool:

@@ -76,7 +76,7 @@ def _of_order(request: Compression, resolved: Resolved) -> Iterator[Warned]:
 
 
 def _of_trims(resolved: Resolved, inventory: Inventory) -> Iterator[Warned]:
-    before, after = inventory.experts, resolved.cut.experts_kept
+    before, after = inventory.experts, min(resolved.cut.experts_kept, *resolved.cut.kept_in.values(), inventory.experts)
     if resolved.cut.experts_dropped:
         layers = sum(block.is_mixture for block in inventory.blocks) - resolved.cut.blocks_dropped - resolved.cut.layers_dropped
         after -= round(resolved.cut.experts_dropped / layers)
@@ -127,7 +127,7 @@ def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) 
         )
     elif resolved.cut.pruned:
         yield Warned("zeros_save_nothing", f"zeros in dense tensors save no memory; {_why_dense(request, resolved, inventory)}")
-    if narrow := sorted({scheme for scheme in resolved.cut.schemes.values() if BITS[scheme] < 4}):
+    if narrow := sorted({scheme for scheme in resolved.cut.schemes_used if BITS[scheme] < 4}):
         yield Warned(
             "not_for_vllm",
             f"{', '.join(narrow)}: stock transformers opens the artifact, and unpacks it; vLLM reads 4 and 8 bits only",
@@ -137,8 +137,10 @@ def _of_engines(request: Compression, resolved: Resolved, inventory: Inventory) 
 def _own_loader(resolved: Resolved) -> str | None:
     """Say what makes a trimmed model one that stock classes do not open; None if they do."""
     cut = resolved.cut
-    if cut.experts_dropped:
+    if cut.experts_dropped or cut.kept_in:
         return "layers keep different numbers of experts"
+    if any("experts" in schemes for schemes in cut.schemes_in.values()):
+        return "the experts of different blocks are stored by different schemes"
     if cut.layers_dropped and cut.zero_dense_width is None:
         return f"{cut.layers_dropped} blocks have no MoE layer"
     if any(isinstance(step, ExpertSkip) for step in resolved.steps):

@@ -16,8 +16,14 @@ from compression.study import Study
 from compression.trimming import Cuts
 
 
-def choose(study: Study, step: BlockDrop, cuts: Cuts, candidates: Collection[int]) -> Cuts:
-    """Return the cuts without ``blocks_dropped`` candidates that still have their MoE layer; ties drop the lowest index."""
+def choose(study: Study | None, step: BlockDrop, cuts: Cuts, candidates: Collection[int]) -> Cuts:
+    """Return the cuts without the blocks that the step names, or without ``blocks_dropped`` candidates.
+
+    Candidates still have their MoE layer; ties drop the lowest index. Only where blocks are named, no study is needed.
+    """
+    if step.blocks is not None:
+        return cuts.without(frozenset(step.blocks))
+    assert study is not None, "scores come from a study"
     open_to_drop = [block for block in cuts.blocks if block in candidates and block in cuts.experts]
     if step.selection == "consecutive":
         return cuts.without(frozenset(_span(study, cuts.blocks, open_to_drop, step.blocks_dropped)))

@@ -90,12 +90,13 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def choose(study: Study | None, step: ExpertDrop, cuts: Cuts, routing: Routing) -> Cuts:
-    """Return the cuts with fewer experts: equally many in every MoE layer, or as many in all, as the step's scope says."""
+    """Return the cuts with fewer experts: equally many in each MoE layer but those named, or as many in all, by its scope."""
     if step.scope == "global":
         return cuts.keeping(_globally(study, step, cuts, routing))
     assert step.experts_kept is not None, "the plan resolves fraction_dropped"
+    usual, named = step.experts_kept, step.experts_kept_in
     return cuts.keeping(
-        {block: _in_layer(study, step, block, kept, step.experts_kept, routing) for block, kept in cuts.experts.items()}
+        {block: _in_layer(study, step, block, kept, named.get(block, usual), routing) for block, kept in cuts.experts.items()}
     )
 
 

@@ -14,11 +14,15 @@ from compression.study import Study
 from compression.trimming import Cuts
 
 
-def choose(study: Study, step: LayerDrop, cuts: Cuts, candidates: Collection[int], *, prefix: bool = False) -> Cuts:
-    """Return the cuts without the MoE layers of highest cosine among the candidates; ties drop the lowest index.
+def choose(study: Study | None, step: LayerDrop, cuts: Cuts, candidates: Collection[int], *, prefix: bool = False) -> Cuts:
+    """Return the cuts without the MoE layers that the step names, or those of highest cosine among the candidates.
 
-    ``prefix``: a stock class can only say that the first ones are gone, so these go, whatever their cosine.
+    Ties drop the lowest index. ``prefix``: a stock class can only say that the first ones are gone, so these go, whatever their
+    cosine. Only where blocks are named, no study is needed.
     """
+    if step.blocks is not None:
+        return cuts.without(layers=frozenset(step.blocks))
+    assert study is not None, "scores come from a study"
     whole = [block for block in cuts.blocks if block in candidates and block in cuts.experts]
     ranked = whole if prefix else sorted(whole, key=lambda block: (-study.experts[block].layer_cosine, block))
     return cuts.without(layers=frozenset(ranked[: step.layers_dropped]))
