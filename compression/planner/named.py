@@ -48,7 +48,7 @@ def check_first(step: LayerDrop, pointer: str, cut: Cut, *, target: Target) -> N
     """Refuse layers that are not the first ones, for stock classes that count dense blocks from the start."""
     gone = cut.named_layers | set(step.blocks or ())
     first = [block for block in target.inventory.droppable if block not in cut.named_blocks][: len(gone)]
-    if step.blocks is not None and gone != set(first):
+    if step.blocks is not None and gone != frozenset(first):
         raise NotLoadableInProfile(
             f"layer_drop: stock classes of {target.inventory.architecture.model_type} open a model without its first MoE layers "
             f'alone ({listed(first)}); profile "custom" opens any with its own loader',
