@@ -30,7 +30,7 @@ from compression.planner.table import Table
 GAP = 1e-4
 """The part of a plan's price by which a better one may be missed: exact solutions take many times as long."""
 CLOSE = 2e-3
-"""And where there are many options: predictions are a hundred times further off."""
+"""And where there are many options, and for all but the best plan: predictions are a hundred times further off."""
 SECONDS = 2.0
 """For one program; what was found by then stands, with its gap."""
 _MANY = 1000
@@ -87,13 +87,17 @@ class Program:
         ceiling = below if best is None else best.price
         if ceiling <= bound * (1 + GAP):
             return best
-        if self._charges.pairs and sum(map(len, self._worthwhile(room, ceiling, bound))) > _MANY:
+        beyond = self._beyond_best(room)
+        if self._charges.pairs and _within(beyond, ceiling * (1 + _ROUNDING) - bound) > _MANY:
             found, bound = self._by_drops(room, below=ceiling, apart=apart)
             best = found or best
             ceiling = ceiling if found is None else found.price
             if ceiling <= bound * (1 + CLOSE):
                 return best
-        found = self._solved(room, self._worthwhile(room, ceiling, self.bound(room)), apart)
+        spare = ceiling * (1 + _ROUNDING) - self.bound(room)
+        if apart and _within(beyond, spare) > _MANY:  # the second best need not be exactly that
+            spare = sorted(price for prices in beyond for price in prices)[_MANY]
+        found = self._solved(room, beyond, spare, apart)
         if found is not None and best is not None and found.price >= best.price:
             return best._replace(gap=min(best.gap, found.gap))
         return best if found is None else _cheaper(found, below)
@@ -141,18 +145,14 @@ class Program:
             return False
         return all(sum(map(plan.distance, options)) >= plan.blocks for plan in apart)
 
-    def _worthwhile(self, room: int, ceiling: float, bound: float) -> list[list[Option]]:
-        """Return the options of every block that can be part of a plan no dearer than the ceiling.
+    def _beyond_best(self, room: int) -> list[list[float]]:
+        """Return by how much each option is dearer than the best of its block, with bytes at the price of the last one.
 
-        With bytes at the price of the last one, a plan is dearer than the bound by at least as much as one of its options is
-        dearer than the best of its block, even if all else were free to be in part.
+        A plan with the option is that much dearer than the bound or more, even if all else were free to be in part.
         """
-        spare, slope = ceiling * (1 + _ROUNDING) - bound, self._hulls.slope(room)
+        slope = self._hulls.slope(room)
         priced = [[self._charged(option) - slope * option.bytes for option in menu] for menu in self._menus]
-        return [
-            [option for option, price in zip(menu, prices, strict=True) if price - min(prices) <= spare]
-            for menu, prices in zip(self._menus, priced, strict=True)
-        ]
+        return [[price - min(prices) for price in prices] for prices in priced]
 
     def _by_drops(self, room: int, *, below: float, apart: Sequence[Apart]) -> tuple[Solution | None, float]:
         """Return the best choice with the drops that are best if all else is free to be in part, and a better bound.
@@ -160,7 +160,7 @@ class Program:
         In deep models that is a hair's breadth from the best choice of all, and far fewer columns are whole numbers.
         """
         table = Table(self._corners, self._charges.pairs)
-        found = self._minimum(table, room, (), [option.drop is not None for option in table.options])
+        found = self._minimum(table, room, (), whole=[option.drop is not None for option in table.options])
         if found is None:
             return None, self.bound(room)
         drops = table.drops(found.values)
@@ -187,12 +187,18 @@ class Program:
             for every, menu, corners in zip(self._menus, kept, hulls.corners, strict=True)
         ]
 
-    def _solved(self, room: int, menus: Sequence[Sequence[Option]], apart: Sequence[Apart]) -> Solution | None:
-        """Return what the solver makes of these options."""
+    def _solved(self, room: int, beyond: Sequence[Sequence[float]], spare: float, apart: Sequence[Apart]) -> Solution | None:
+        """Return what the solver makes of the options that are no more than ``spare`` dearer than the best of their block."""
+        menus = [
+            [option for option, price in zip(menu, prices, strict=True) if price <= spare]
+            for menu, prices in zip(self._menus, beyond, strict=True)
+        ]
         table = Table(menus, self._charges.pairs)
         limit = room
         for _ in range(_TRIES):
-            found = self._minimum(table, limit, self._conditions(table, apart), [True] * len(table.options))
+            found = self._minimum(
+                table, limit, self._conditions(table, apart), whole=[True] * len(table.options), gap=CLOSE if apart else GAP
+            )
             if found is None:
                 return None
             options = table.choice(found.values)
@@ -202,14 +208,16 @@ class Program:
             limit -= excess  # the solver's arithmetic is not exact
         return None
 
-    def _minimum(self, table: Table, room: int, rows: Iterable[Row], whole: Sequence[bool]) -> Minimum | None:
+    def _minimum(
+        self, table: Table, room: int, rows: Iterable[Row], *, whole: Sequence[bool], gap: float = GAP
+    ) -> Minimum | None:
         if (budget := table.budget(room)) is None:
             return None
         costs = [*map(self._charged, table.options), *table.losses]
         unit = max(self.bound(room), 1e-3 * max(costs), 1e-12) / 1e3  # the solver's tolerances are absolute
         rows = [*table.one_each(), *table.both(), *table.few_drops(self._most_drops), *rows, *budget]
         whole = [*whole, *[False] * len(table.losses)]
-        found = minimise([cost / unit for cost in costs], rows, whole=whole, gap=GAP, seconds=SECONDS)
+        found = minimise([cost / unit for cost in costs], rows, whole=whole, gap=gap, seconds=SECONDS)
         return None if found is None else found._replace(bound=found.bound * unit)
 
     def _conditions(self, table: Table, apart: Sequence[Apart]) -> Iterator[Row]:
@@ -221,6 +229,10 @@ class Program:
 
 def _solution(options: Sequence[Option], price: float, bound: float) -> Solution:
     return Solution(tuple(options), price, max(0.0, 1 - bound / price) if price > 0 else 0.0)
+
+
+def _within(beyond: Sequence[Sequence[float]], spare: float) -> int:
+    return sum(price <= spare for prices in beyond for price in prices)
 
 
 def _cheaper(solution: Solution | None, below: float) -> Solution | None:

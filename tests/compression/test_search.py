@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from math import inf
 from typing import Any
 
 import pytest
 
+from compression.plan import bytes_with_serving
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.levers import levers_of
 from compression.planner.options import Selection
 from compression.planner.prices import Drop, Prices
 from compression.planner.prior import usual_prices
 from compression.planner.program import CLOSE, GAP
+from compression.planner.resolve import resolve
 from compression.planner.search import NEAR_NATS, NEAR_SHARE, Search
 from compression.recipe import BlockDrop, ExpertDrop, LayerDrop, Profile, Quantize, Recipe, Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
@@ -35,13 +38,23 @@ def search_of(inventory: Inventory, profile: Profile, prices: Prices | None = No
     return Search(inventory, serving or Serving(), profile, prices)
 
 
+@cache
+def search_in(model: str, profile: Profile) -> Search:
+    return search_of(MODELS[model], profile)
+
+
+@cache
+def frontier_of(model: str, profile: Profile) -> list[Selection]:
+    return search_in(model, profile).frontier()
+
+
 def targets(inventory: Inventory) -> list[int]:
     return [round(share * inventory.bytes) for share in (0.9, 0.55, 0.35, 0.27, 0.23, 0.2, 0.17, 0.14)]
 
 
 @every_search
 def test_no_plan_is_over_its_target(model: str, profile: Profile):
-    search = search_of(MODELS[model], profile)
+    search = search_in(model, profile)
     smallest = search.smallest()
     for target in [*targets(MODELS[model]), smallest.bytes]:
         found = search.best(target)
@@ -53,8 +66,8 @@ def test_no_plan_is_over_its_target(model: str, profile: Profile):
 
 @every_search
 def test_programs_solved_by_their_bounds_find_what_all_of_them_find(model: str, profile: Profile):
-    search = search_of(MODELS[model], profile)
-    for target in targets(MODELS[model]):
+    search = search_in(model, profile)
+    for target in targets(MODELS[model])[1::2]:
         room = target - search._options.fixed
         solved = [program.solve(room) for program in search._programs.values()]
         found = search._cheapest(target, inf, ())
@@ -93,8 +106,8 @@ def test_a_target_that_the_original_meets_leaves_it_untouched(profile: Profile):
 
 @every_search
 def test_the_frontier_falls_from_the_smallest_to_the_untouched(model: str, profile: Profile):
-    search = search_of(MODELS[model], profile)
-    frontier = search.frontier()
+    search = search_in(model, profile)
+    frontier = frontier_of(model, profile)
 
     assert all(a.bytes < b.bytes and a.loss > b.loss for a, b in pairwise(frontier))
     assert frontier[0] == search.smallest()
@@ -111,8 +124,8 @@ def test_a_frontier_with_fewer_points_has_all_plans_that_there_are():
 
 
 def test_the_steps_of_a_portable_plan_say_what_most_blocks_do_and_the_exceptions():
-    search = search_of(QWEN, "portable")
-    for plan in search.frontier():
+    search = search_in("qwen", "portable")
+    for plan in frontier_of("qwen", "portable"):
         steps = {type(step): step for step in search.steps_of(plan)}
         drops = {kind: tuple(d.block for d in plan.drops if d.kind == kind) for kind in ("block", "layer")}
         blocks, layers = steps.get(BlockDrop), steps.get(LayerDrop)
@@ -133,9 +146,9 @@ def test_the_steps_of_a_portable_plan_say_what_most_blocks_do_and_the_exceptions
 
 
 def test_the_steps_of_a_custom_plan_name_what_each_block_keeps():
-    search = search_of(MIXTRAL, "custom")
+    search = search_in("mixtral", "custom")
     seen = False
-    for plan in search.frontier():
+    for plan in frontier_of("mixtral", "custom"):
         steps = {type(step): step for step in search.steps_of(plan)}
         drop, quantize = steps.get(ExpertDrop), steps.get(Quantize)
         for option in plan.options:
@@ -153,8 +166,8 @@ def test_the_steps_of_a_custom_plan_name_what_each_block_keeps():
 
 @every_search
 def test_every_plan_is_a_recipe(model: str, profile: Profile):
-    search = search_of(MODELS[model], profile)
-    for plan in search.frontier():
+    search = search_in(model, profile)
+    for plan in frontier_of(model, profile):
         if steps := search.steps_of(plan):
             assert Recipe(steps=steps).in_normal_form().steps == steps
         criteria = [step.criterion for step in steps if isinstance(step, ExpertDrop)]
@@ -162,10 +175,24 @@ def test_every_plan_is_a_recipe(model: str, profile: Profile):
 
 
 @every_search
+def test_bytes_are_those_of_the_plan_that_the_steps_resolve_to(model: str, profile: Profile):
+    inventory, serving = MODELS[model], Serving(context_tokens=1000, batch_size=2, overhead=77)
+    search = search_of(inventory, profile, serving=serving)
+    differing = 0
+    for plan in search.frontier():
+        if steps := search.steps_of(plan):
+            cut = resolve(Recipe(steps=steps), serving, inventory, profile=profile).cut
+            assert plan.bytes == bytes_with_serving(inventory, cut, serving)
+            differing += bool(cut.kept_in or cut.schemes_in)
+
+    assert differing or model == "gpt_oss"
+
+
+@every_search
 def test_rivals_are_near_the_best_and_differ_in_kind(model: str, profile: Profile):
     inventory = MODELS[model]
-    search = search_of(inventory, profile)
-    for target in targets(inventory):
+    search = search_in(model, profile)
+    for target in targets(inventory)[3::2]:
         best = search.best(target)
         if best is None:
             continue
@@ -202,7 +229,6 @@ def test_two_blocks_that_replace_each_other_are_not_both_dropped():
     usual = usual_prices(MIXTRAL, levers)
     twins = (Drop("layer", 3), Drop("layer", 4))
     drops = [p.model_copy(update={"loss": 0.001 if p.drop in twins else p.loss}) for p in usual.drops]
-    others = [drop for drop in levers.drops if drop not in twins]
     blind = usual.model_copy(update={"drops": tuple(drops), "pairs": (pair(*twins, 0.002),)})
     seen = usual.model_copy(update={"drops": tuple(drops), "pairs": (pair(*twins, 2.0),)})
     target = round(0.2 * MIXTRAL.bytes)
@@ -214,10 +240,9 @@ def test_two_blocks_that_replace_each_other_are_not_both_dropped():
     assert wise is not None
     assert set(twins) <= set(naive.drops)
     assert len(set(twins) & set(wise.drops)) == 1
-    assert others
 
 
-def test_a_drop_block_saves_its_cache_and_is_chosen_for_it():
+def test_a_block_goes_for_the_sake_of_its_cache():
     long = Serving(context_tokens=2**20, batch_size=64)
     usual = usual_prices(MIXTRAL, levers_of(MIXTRAL))
     search = search_of(MIXTRAL, "custom", usual, long)
@@ -230,8 +255,7 @@ def test_a_drop_block_saves_its_cache_and_is_chosen_for_it():
 
 
 def test_a_loss_is_of_prices_and_pairs_and_rounding_is_dearer():
-    search = search_of(MIXTRAL, "portable")
-    for plan in search.frontier():
+    for plan in frontier_of("mixtral", "portable"):
         assert plan.loss >= sum(option.cost for option in plan.options) - 1e-12
         quantized = any(option.experts == "W4A16" for option in plan.options)
         assert plan.rounded_loss >= plan.loss
