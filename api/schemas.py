@@ -207,6 +207,9 @@ class StepView(View):
     name: str
     summary: str
     available: bool
+    paper: str
+    evidence: str
+    explanation: str
 
 
 class StepList(View):

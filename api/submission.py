@@ -15,6 +15,7 @@ from api.service import Service
 from compression.errors import NotAvailable
 from compression.plan import Plan, make_plan
 from compression.planner.availability import check_request
+from compression.planner.known import recall
 from compression.recipe import Compression
 from jobs.database import reading, unit_of_work
 from jobs.errors import JobNotFound
@@ -33,7 +34,8 @@ def plan_request(request: JobRequest, settings: Settings) -> tuple[Plan, str | N
     check_request(request)  # before anything is read: what is not built needs no answer from a hub
     check_text_sources(request, settings)
     checkpoint, revision = read_checkpoint_of(request.model, request.revision, settings)
-    return make_plan(request, checkpoint), revision
+    known = recall(settings.studies_folder, request, revision, checkpoint) if request.recipe == "auto" else None
+    return make_plan(request, checkpoint, known), revision
 
 
 def submit(service: Service, owner: str, request: JobRequest, key: str | None) -> Added:

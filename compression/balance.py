@@ -95,8 +95,10 @@ class _Balancing:
         if not calibrated and layer is None:
             return
         mean_square_I = self._mean_square(calibrated, layer)
-        loss_A = sum(self._losses(calibrated, layer, mean_square_I))
-        assert isinstance(loss_A, Tensor)
+        losses_A = list(self._losses(calibrated, layer, mean_square_I))
+        if not losses_A:  # none of its readers is rounded in this block
+            return
+        loss_A = sum(losses_A[1:], start=losses_A[0])
         factor_I = input_scales(mean_square_I[None], best_exponents(loss_A[:, None])[0])[0]
         for part in ("weight", "bias"):
             if f"{self.prefix}{norm}.{part}" in self.saved:

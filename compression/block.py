@@ -71,7 +71,7 @@ class Shell:
     def _build(self, config: Mapping[str, Any], device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.dtype = dtype_of(config)
-        self._config = stock_config(config)
+        self._config, self._section = stock_config(config), config.get("slimtrim", {})
         row = find_architecture(config)
         self._quantizer = None
         if getattr(self._config, "quantization_config", None) is not None:
@@ -79,7 +79,7 @@ class Shell:
             _share(self._quantizer)
         with torch.device("meta"), quiet():
             self.model: PreTrainedModel = stock_class(config)._from_config(self._config, dtype=self.dtype).eval()
-            shape_(self.model, config.get("slimtrim", {}))
+            shape_(self.model, self._section)
             if self._quantizer is not None:
                 self._quantizer.preprocess_model(
                     model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
@@ -174,7 +174,7 @@ class Shell:
         )
         try:
             with quiet():
-                info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved), config)
+                info, _ = convert_and_load_state_dict_in_model(self.model, with_weights(saved, self._section), config)
         except CannotUnpack as error:
             raise BrokenCheckpoint(str(error)) from error
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:

@@ -48,27 +48,35 @@ class Compressor:
         for index in range(blocks):
             saved = trimmed.block(index)
             if self.slimming.steps:
-                ledger += self._slim_(saved, index)
+                ledger += self._slim_(saved, index, trimmed.source(index))
             self.writer.block(index, saved)
-            self._advance(saved, index, is_last=index + 1 == blocks)
+            self._advance(saved, index, trimmed.source(index), is_last=index + 1 == blocks)
             del saved  # or the next block is read while this one is still held
             give_back()
             on_block(index + 1, blocks, f"block {trimmed.source(index)} is finished ({index + 1} of {blocks})")
         return ledger
 
-    def _slim_(self, saved: dict[str, Tensor], index: int) -> list[LedgerRow]:
+    def _slim_(self, saved: dict[str, Tensor], index: int, source: int) -> list[LedgerRow]:
         with self.trimmed.live(index, saved) as block:
             if self.calibration is not None:
                 self.calibration.convert_(block)
-            return slim_(saved, block, self.slimming, stream=self.calibration, architecture=self.architecture, index=index)
+            return slim_(
+                saved,
+                block,
+                self.slimming,
+                stream=self.calibration,
+                architecture=self.architecture,
+                index=index,
+                source=source,
+            )
 
-    def _advance(self, saved: dict[str, Tensor], index: int, *, is_last: bool) -> None:
+    def _advance(self, saved: dict[str, Tensor], index: int, source: int, *, is_last: bool) -> None:
         with self.artifact.live(index, saved) as block:
             self.witness.push(index, block)
             if self.calibration is not None and self.slimming.propagate_error and not is_last:
                 self.calibration.convert_(block)
                 # Unless it was slimmed too, attention answers what it did when the block was calibrated.
                 with ExitStack() as stack:
-                    if self.slimming.treatment("attention") is None:
+                    if self.slimming.treatment("attention", source) is None:
                         stack.enter_context(self.calibration.repeated(attention_module(self.architecture, block)))
                     self.calibration.push(index, block)

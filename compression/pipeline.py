@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,18 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import compressed_tensors
 import psutil
 import torch
-import transformers
 
-from compression.analysis.tables import analysis_tables
 from compression.architectures import Architecture, find_architecture
+from compression.auto import Pricing, parts_to_study, pricing_text, settled
 from compression.block import Shell, dtype_of
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
 from compression.checkpoint.reader import Reader
+from compression.checkpoint.schemes import quantized_entries
 from compression.checkpoint.source import open_source
-from compression.checkpoint.writer import Writer, quantization_config, sparse_config, write_json
+from compression.checkpoint.writer import Writer, sparse_config, write_json
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
@@ -32,11 +29,13 @@ from compression.methods import Choice, at_random, choose_cuts, merger, parts_fo
 from compression.observer import Observer, weigh
 from compression.plan import Plan, make_plan
 from compression.planner.inventory import take_inventory
+from compression.planner.known import remember
 from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import Analyze, AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
-from compression.report import BlockRow, LedgerRow, Quality, Report, StudyNote, Verification, model_card, worst_first
+from compression.recipe import AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
+from compression.report import LedgerRow, Quality, Report, Verification, model_card
+from compression.reporting import report_of
 from compression.slim import Slimming
 from compression.study import Study
 from compression.study_store import StudyStore
@@ -47,6 +46,8 @@ from compression.trimming.routers import Routers
 from compression.trimming.view import TrimmedReader
 
 _LOTS_SEED = 0
+_WRITTEN_OUT: dict[Stage, float] = {"planning": 1, "studying": 15}
+"""Shares of the stages before compressing, for a recipe that is written out."""
 _WITNESS_TOKENS = 512
 """Tokens that the artifact must compute, opened again, as it did when it was made."""
 
@@ -69,17 +70,21 @@ def compress(
     bound_kernel_caches()
     memory = host_memory or psutil.virtual_memory().available
     run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies)
-    with run.stage("planning"):
+    with run.stage("resolving" if run.is_open else "planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
-        run.study_and_choose()
+        run.study_model()
+    if run.is_open and run.steps:
+        with run.stage("planning"):
+            run.settle_plan()
+    run.choose()
     with run.stage("compressing"):
         run.compress_blocks()
     with run.stage("evaluating"):
         run.evaluate()
     with run.stage("verifying"):
         run.verify()
-    report = run.report()
+    report = report_of(run)
     write_json(out / "report.json", report.model_dump(mode="json"))
     (out / "README.md").write_text(model_card(report), encoding="utf-8")
     run.refuse_violations(report)
@@ -100,11 +105,13 @@ class Run:
     studies: Path | None = None
     study: Study | None = None
     study_reused: bool = False
+    warnings: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.architecture: Architecture = find_architecture(self.reader.config)
-        shares: dict[Stage, float] = {"planning": 1, "studying": 15, "compressing": 50, "evaluating": 25, "verifying": 9}
-        self.progress = Progress(self.listener, shares)
+        self.is_open = not isinstance(self.request.recipe, Recipe)
+        before: dict[Stage, float] = {"resolving": 1, "studying": 60, "planning": 15} if self.is_open else _WRITTEN_OUT
+        self.progress = Progress(self.listener, {**before, "compressing": 50, "evaluating": 25, "verifying": 9})
 
     @contextmanager
     def stage(self, name: Stage) -> Generator[None]:
@@ -116,8 +123,27 @@ class Run:
 
     def plan_and_load_text(self) -> None:
         """Resolve the recipe against the headers; read the text that it is calibrated and judged on."""
-        self.plan: Plan = make_plan(self.request, self.reader.checkpoint)
-        self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": self.plan.steps}).steps
+        self.inventory = take_inventory(self.reader.checkpoint)
+        self._follow(make_plan(self.request, self.reader.checkpoint))
+        if self.is_open and self.steps:
+            self.parts = parts_to_study(self.inventory)
+        settings = self.request.calibration
+        folder = self.reader.folder
+        needed = bool(self.parts - {"weights"}) or self.slimming.needs != "nothing" or (self.is_open and bool(self.steps))
+        self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
+        length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
+        self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
+        if self.calibration is not None:
+            refuse_overlap(self.calibration, self.evaluation)
+        for text in (self.calibration, self.evaluation):
+            for note in text.description["warnings"] if text is not None else []:
+                self._warn("text", note)
+        for warning in self.plan.warnings if not self.plan.provisional else ():
+            self._warn(warning.code, warning.message)
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan = plan
+        self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": plan.steps}).steps if plan.steps else ()
         self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
         self.parts = parts_for(self.steps)
         self.slimming = Slimming(
@@ -125,37 +151,55 @@ class Run:
             self.quantize,
             packed_pattern(self.steps, self.request.profile, self.architecture),
         )
-        settings = self.request.calibration
-        folder = self.reader.folder
-        needed = bool(self.parts - {"weights"}) or self.slimming.needs != "nothing"
-        self.calibration: TokenSet | None = load_calibration(settings, folder) if needed else None
-        length = self.request.evaluation.perplexity.sequence_length or settings.sequence_length
-        self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
-        if self.calibration is not None:
-            refuse_overlap(self.calibration, self.evaluation)
-        self.warnings = [{"code": warning.code, "message": warning.message} for warning in self.plan.warnings]
-        for text in (self.calibration, self.evaluation):
-            notes = text.description["warnings"] if text is not None else []
-            self.warnings += [{"code": "text", "message": note} for note in notes]
-        for warning in self.warnings:
-            self.progress.warn(warning["code"], warning["message"])
 
-    def study_and_choose(self) -> None:
-        """Look at the untouched model once, unless that was done before, and decide what goes."""
+    def _warn(self, code: str, message: str) -> None:
+        self.warnings.append({"code": code, "message": message})
+        self.progress.warn(code, message)
+
+    def study_model(self) -> None:
+        """Look at the untouched model once, unless that was done before."""
         blocks = range(self.architecture.block_count(self.reader.config))
         mixtures = [b for b in blocks if self.architecture.router_name(b) in self.reader.dense.tensors]
         experts = {b: self.reader.dense.tensors[self.architecture.router_name(b)].shape[0] for b in mixtures}
         self.whole = Cuts(tuple(blocks), {b: tuple(range(experts[b])) for b in mixtures})
+        self.choice = self._choice()
         if self.parts:
             self.study = self._found_study() or self._new_study()
+
+    def settle_plan(self) -> None:
+        """Find the plan that recipe "auto" comes to, and follow it from here on."""
+        assert self.study is not None, "recipe auto studies the model"
+        plan, prices = settled(self.request, self._pricing(), self.study, self.whole, self.choice, self.progress.block)
+        if prices != self.study.prices:
+            self.study.prices = prices
+            self._keep_study()
+        if self.studies is not None:
+            remember(self.studies, self.request, self.reader.checkpoint, prices)
+        self._follow(plan)
+        self.progress.settled(plan.model_dump(mode="json"))
+        if note := self._pricing().text.note:
+            self._warn("priced_on_samples", note)
+        for warning in plan.warnings:
+            self._warn(warning.code, warning.message)
+
+    def choose(self) -> None:
+        """Decide what goes."""
         self.choice = self._choice()
         self.cuts = choose_cuts(self.steps, self.study, self.whole, self.choice)
+
+    def _pricing(self) -> Pricing:
+        assert self.calibration is not None, "recipe auto reads calibration text"
+        width = self.architecture.settings(self.reader.config)["hidden_size"]
+        stream = 4 * width * pricing_text(self.calibration).priced_NS.numel()
+        return Pricing(self.reader, self.inventory, self.calibration, self.device, max(8, self.host_memory // 4 // stream))
 
     def _found_study(self) -> Study | None:
         if self.studies is None or self.calibration is None:
             return None
         dtype = working_dtype(self.device, dtype_of(self.reader.config))
         found = StudyStore(self.studies).find(self.reader, self.calibration.content_hash, self.parts, dtype)
+        if found is not None and "prices" in self.parts and not self._pricing().is_of(found.prices):
+            found = None
         self.study_reused = found is not None
         return found
 
@@ -164,15 +208,24 @@ class Run:
         if self.calibration is None or self.parts == {"weights"}:
             return weigh(shell, self.reader, self.architecture, self.progress.block)
         self.reader.hashing = self.studies is not None
-        calibration, dtype = self.calibration, working_dtype(self.device, shell.dtype)
-        observer = Observer(self.architecture, calibration.domains, calibration.domain_N, self.parts)
-        sweep(shell, self.reader, Stream(shell, calibration.ids_NS, dtype=dtype), observer, self.progress.block)
-        if self.studies is not None:
-            StudyStore(self.studies).keep(observer.study, self.reader, calibration.content_hash, dtype)
-        return observer.study
+        if "prices" in self.parts:
+            study = self._pricing().measured_study(self.parts, self.choice.routing, self.progress.block)
+        else:
+            calibration, dtype = self.calibration, working_dtype(self.device, shell.dtype)
+            observer = Observer(self.architecture, calibration.domains, calibration.domain_N, self.parts)
+            sweep(shell, self.reader, Stream(shell, calibration.ids_NS, dtype=dtype), observer, self.progress.block)
+            study = observer.study
+        self.study = study
+        self._keep_study()
+        return study
+
+    def _keep_study(self) -> None:
+        if self.studies is not None and self.study is not None and self.calibration is not None:
+            dtype = working_dtype(self.device, dtype_of(self.reader.config))
+            StudyStore(self.studies).keep(self.study, self.reader, self.calibration.content_hash, dtype)
 
     def _choice(self) -> Choice:
-        inventory = take_inventory(self.reader.checkpoint)
+        inventory = self.inventory
         routing = Routing(
             experts=inventory.experts,
             top_k=inventory.top_k,
@@ -190,9 +243,9 @@ class Run:
         trimmed = self._trimmed(self.cuts)
         config = dict(trimmed.config)
         if self.quantize is not None:
-            config["quantization_config"] = quantization_config(self.architecture, self.quantize, trimmed.config)
+            config |= quantized_entries(self.architecture, self.quantize, trimmed.config, self.cuts.blocks)
         if self.slimming.packed is not None:
-            config |= sparse_config(self.slimming.packed, trimmed.config)
+            config |= sparse_config(self.slimming.packed, config)
         writer = Writer(self.out, config)
         try:
             self._write_blocks(writer, trimmed, config)
@@ -263,51 +316,6 @@ class Run:
         if self.plan.profile == "custom":
             self.verification = self.verification.model_copy(update={"rules_of_vllm": "not followed"})
 
-    def report(self) -> Report:
-        """Put together what happened."""
-        blocks, ledger = self._block_rows(), tuple(self.ledger)
-        return Report(
-            model=self.request.model,
-            revision=self.request.revision,
-            profile=self.plan.profile,
-            steps=tuple(self.plan.steps),
-            bytes_before=self.plan.bytes_before,
-            bytes_after=self.bytes_after,
-            bytes_planned=self.bytes_planned,
-            target_bytes=self.plan.target_bytes,
-            memory=dict(self.plan.memory),
-            components=dict(self.plan.components),
-            quality=self.quality,
-            lost=worst_first(self.quality, blocks, ledger),
-            warnings=tuple(self.warnings),
-            blocks=blocks,
-            ledger=ledger,
-            verification=self.verification,
-            study=self._study_note(),
-            analysis=self._analysis(),
-            calibration=None if self.calibration is None else _provenance(self.calibration),
-            evaluation=_provenance(self.evaluation),
-            seconds=self.seconds,
-            peak_memory_bytes=_peak_memory(),
-            versions=_versions(self.device),
-        )
-
-    def _analysis(self) -> dict[str, Any] | None:
-        if self.study is None or not any(isinstance(step, Analyze) for step in self.steps):
-            return None
-        return analysis_tables(self.study)
-
-    def _study_note(self) -> StudyNote | None:
-        if self.study is None:
-            return None
-        return StudyNote(
-            parts=tuple(sorted(self.study.parts)),
-            tokens=int(self.study.tokens_M.sum()),
-            domains=self.study.domains,
-            reused=self.study_reused,
-            seconds={part: round(seconds, 3) for part, seconds in self.study.seconds.items()},
-        )
-
     def refuse_violations(self, report: Report) -> None:
         """Raise ConstraintViolated when the artifact is worse than the request accepts."""
         wanted, retention = self.request.constraints.min_retention, report.quality.retention
@@ -317,52 +325,6 @@ class Run:
                 'or set on_violation to "report"'
             )
 
-    def _block_rows(self) -> tuple[BlockRow, ...]:
-        places = {source: index for index, source in enumerate(self.cuts.blocks)}
-        rows: list[BlockRow] = []
-        for block in self.whole.blocks:
-            statistics = self.study.experts.get(block) if self.study is not None else None
-            seen = statistics if statistics is not None and statistics.tokens else None
-            before = self.whole.experts.get(block)
-            lost_layer = block in self.cuts.layers_dropped
-            rows.append(
-                BlockRow(
-                    index=block,
-                    action="keep" if block in places else "drop",
-                    index_after=places.get(block),
-                    experts_kept=self.cuts.experts.get(block),
-                    experts_before=len(before) if before is not None else None,
-                    moe_layer=("drop" if lost_layer else "keep") if before is not None and block in places else None,
-                    merged=dict(self.cuts.merged[block]) if block in self.cuts.merged else None,
-                    skip_beta=self.cuts.skip.get(block),
-                    cosine=self.study.cosine(block) if self.study is not None and block in self.study.cosine_M else None,
-                    layer_cosine=seen.layer_cosine if seen is not None else None,
-                    expert_tokens=tuple(int(n) for n in seen.total("count").tolist()) if seen is not None else None,
-                )
-            )
-        return tuple(rows)
-
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _provenance(tokens: TokenSet) -> dict[str, Any]:
-    return {**tokens.description, "tokens": tokens.tokens, "content_hash": tokens.content_hash}
-
-
-def _peak_memory() -> dict[str, int]:
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peak["accelerator"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "compressed_tensors": compressed_tensors.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-    }

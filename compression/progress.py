@@ -48,7 +48,15 @@ class Warned:
     type: Literal["warning"] = "warning"
 
 
-Event = StageStarted | BlockDone | Warned
+@dataclass(frozen=True, slots=True)
+class PlanSettled:
+    """The plan that is followed from here on, as JSON data, where the one that the run began with was provisional."""
+
+    plan: dict[str, Any]
+    type: Literal["plan"] = "plan"
+
+
+Event = StageStarted | BlockDone | Warned | PlanSettled
 
 
 def event_to_dict(event: Event) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def event_to_dict(event: Event) -> dict[str, Any]:
 
 def event_from_dict(data: Mapping[str, Any]) -> Event:
     """Return the event that ``event_to_dict`` described."""
-    kinds: dict[str, type[Event]] = {"stage": StageStarted, "block": BlockDone, "warning": Warned}
+    kinds: dict[str, type[Event]] = {"stage": StageStarted, "block": BlockDone, "warning": Warned, "plan": PlanSettled}
     return kinds[data["type"]](**data)
 
 
@@ -115,6 +123,10 @@ class Progress:
     def warn(self, code: str, message: str) -> None:
         """Pass a warning on."""
         self._listener.on_event(Warned(code, message))
+
+    def settled(self, plan: dict[str, Any]) -> None:
+        """Say which plan is followed from here on."""
+        self._listener.on_event(PlanSettled(plan))
 
     def _check(self) -> None:
         if self._listener.should_stop():

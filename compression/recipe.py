@@ -202,6 +202,13 @@ class Quantize(Step):
         """Whether the method looks at calibration text."""
         return self.method in CALIBRATED
 
+    def scheme_in(self, block: int | None, component: str) -> SchemeOrKeep:
+        """Return the scheme of a component in a block of the source; in one of which nothing is said, where it is None."""
+        usual: dict[str, SchemeOrKeep] = {"experts": self.scheme, "attention": self.attention}
+        usual |= {"shared_experts": self.shared_experts, "dense": self.dense}
+        own = self.by_block.get(block) if block is not None else None
+        return getattr(own, component, None) or usual.get(component, "keep")
+
 
 def _refuse_idle_weights(step: Prune | Quantize) -> None:
     """Refuse routing weights where no token is looked at: a setting that does nothing is a misunderstanding."""

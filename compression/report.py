@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from compression.plan import FrontierPoint, PlanTrial
+
 
 class Record(BaseModel):
     """Frozen data; unknown names are our own mistake."""
@@ -98,6 +100,15 @@ class StudyNote(Record):
     """Wall-clock seconds of each part, when it was taken."""
 
 
+class PlanningNote(Record):
+    """How the steps were chosen. Losses are divergences from the original in nats per token, on calibration text."""
+
+    predicted_loss: float
+    trials: tuple[PlanTrial, ...]
+    """The plans that were tried for real, the predicted best first."""
+    frontier: tuple[FrontierPoint, ...]
+
+
 class Quality(Record):
     """Original and artifact on the same held-out tokens. Losses and divergence in nats per token."""
 
@@ -166,6 +177,8 @@ class Report(Record):
     ledger: tuple[LedgerRow, ...]
     verification: Verification
     study: StudyNote | None = None
+    planning: PlanningNote | None = None
+    """How recipe "auto" came to its steps; None for a recipe that was written out."""
     analysis: dict[str, Any] | None = None
     """Tables and findings of the step analyze; None where it was not asked for."""
     calibration: dict[str, Any] | None

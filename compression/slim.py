@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compression.architectures import Architecture, Component
+from compression.architectures import COMPONENTS, Architecture, Component
 from compression.balance import balance_block_, balance_down
 from compression.collect import Collected, RoutedTokens, collect, experts_at_once, refuse_non_finite_inputs
 from compression.ledger import entries
+from compression.linears import find_linears
 from compression.methods import NEEDS, PRUNERS, QUANTIZERS, STATISTICS, Needs, pattern_of
 from compression.moe import MoELayer, moe_layer
 from compression.recipe import BITS, Pattern, Prune, Quantize
@@ -60,14 +61,13 @@ class Slimming:
         """Whether a token counts by its routing weight; calibrated steps agree."""
         return any(step.routing_weighted for step in self.steps if step.calibrated)
 
-    def treatment(self, component: Component) -> Treatment | None:
-        """Return what is done to the matrices of a component; None if nothing is."""
+    def treatment(self, component: Component, block: int | None = None) -> Treatment | None:
+        """Return what is done to the matrices of a component in a block of the source; None if nothing is.
+
+        Without a block, what is done to those of which the recipe says nothing by themselves.
+        """
         step, prune = self.quantize, self.prune
-        schemes: dict[Component, str] = {}
-        if step is not None:
-            schemes = {"experts": step.scheme, "attention": step.attention}
-            schemes |= {"shared_experts": step.shared_experts, "dense": step.dense}
-        scheme = schemes.get(component, "keep")
+        scheme = "keep" if step is None else step.scheme_in(block, component)
         pruned = prune is not None and (component == "experts" or (component == "shared_experts" and prune.shared_experts))
         if scheme == "keep" and not pruned:
             return None
@@ -93,13 +93,15 @@ def slim_(
     stream: Stream | None,
     architecture: Architecture,
     index: int,
+    source: int | None = None,
 ) -> list[LedgerRow]:
     """Replace the weights in ``saved`` by slimmer ones; the live block's experts are used up. Returns the ledger.
 
+    ``source``: the block's index in the source, by which the recipe knows it; not given, it is treated like any other.
     ``stream``: calibration tokens, None where no method needs any. Where errors do not propagate, it has moved behind the
     block as it came in; else it stays before it.
     """
-    work = _Work(saved, block, slimming, architecture, index)
+    work = _Work(saved, block, slimming, architecture, index, source)
     if slimming.needs == "nothing":
         collected = Collected({}, None)
     else:
@@ -107,9 +109,9 @@ def slim_(
         new, advance = STATISTICS[slimming.needs], not slimming.propagate_error
         collected = collect(index, block, stream, work.linears, new=new, architecture=architecture, advance=advance)
     if slimming.quantize is not None and slimming.quantize.method == "awq":
-        balance_block_(work.saved, block, collected, architecture, index, slimming.treatment)
+        balance_block_(work.saved, block, collected, architecture, index, work.treatment)
     rows = work.slim_linears_(collected)
-    if work.layer is not None and slimming.treatment("experts") is not None:
+    if work.layer is not None and work.treatment("experts") is not None:
         size = experts_at_once(work.layer)
         for first in range(0, work.layer.count, size):
             rows += work.slim_experts_(range(first, min(first + size, work.layer.count)), collected.routed)
@@ -118,11 +120,19 @@ def slim_(
 
 class _Work:
     def __init__(
-        self, saved: dict[str, Tensor], block: nn.Module, slimming: Slimming, architecture: Architecture, index: int
+        self,
+        saved: dict[str, Tensor],
+        block: nn.Module,
+        slimming: Slimming,
+        architecture: Architecture,
+        index: int,
+        source: int | None,
     ) -> None:
         self.saved, self.slimming, self.architecture, self.index = saved, slimming, architecture, index
+        self.source = source
         self.layer = moe_layer(architecture, block)
-        self.linears = self._find_linears(block)
+        slimmed: tuple[Component, ...] = tuple(component for component in COMPONENTS if self.treatment(component) is not None)
+        self.linears = find_linears(saved, block, architecture, slimmed)
         if self.layer is not None and architecture.fused_on_disk:
             self._own_fused_experts(self.layer)
 
@@ -135,23 +145,15 @@ class _Work:
             if live.data_ptr() == given.data_ptr():
                 live.data = self.saved[name]
 
-    def _find_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """Return the block's linear layers that are slimmed, by saved name without ``.weight``."""
-        found: dict[str, nn.Linear] = {}
-        for name, tensor in self.saved.items():
-            is_matrix = name.endswith(".weight") and tensor.dim() == 2 and not name.endswith("_gate.weight")
-            component = self.architecture.component_of(name)
-            if is_matrix and component != "experts" and self.slimming.treatment(component) is not None:
-                module = block.get_submodule(self.architecture.running_place(name).removesuffix(".weight"))
-                assert isinstance(module, nn.Linear), f"{name} is not a linear layer in the stock class"
-                found[name.removesuffix(".weight")] = module
-        return found
+    def treatment(self, component: Component) -> Treatment | None:
+        """Return what is done to the matrices of a component in this block; None if nothing is."""
+        return self.slimming.treatment(component, self.source)
 
     def slim_linears_(self, collected: Collected) -> list[LedgerRow]:
         rows: list[LedgerRow] = []
         done: dict[str, Slimmed] = {}
         for name in sorted(self.linears, key=lambda name: name.endswith("down_proj")):  # up_proj must come before it
-            treatment = self.slimming.treatment(self.architecture.component_of(f"{name}.weight"))
+            treatment = self.treatment(self.architecture.component_of(f"{name}.weight"))
             assert treatment is not None
             statistic = collected.linears.get(name)
             weight_EOI = self.saved[f"{name}.weight"].to(self.linears[name].weight.device)[None]
@@ -167,7 +169,7 @@ class _Work:
 
     def slim_experts_(self, experts: range, routed: RoutedTokens | None) -> list[LedgerRow]:
         """Slim a chunk of experts: gate and up, then down on what these feed it."""
-        layer, treatment, weighted = self.layer, self.slimming.treatment("experts"), self.slimming.routing_weighted
+        layer, treatment, weighted = self.layer, self.treatment("experts"), self.slimming.routing_weighted
         assert layer is not None
         assert treatment is not None
         gate_up_EOI, down_EOI = layer.stack("gate_up_proj", experts), layer.stack("down_proj", experts)

@@ -110,7 +110,8 @@ class AttemptRepository:
 
     def note_plan(self, hold: Hold, plan: Document) -> bool:
         """Replace the plan by the one that is really followed."""
-        return change(self._session, hold.job_id, *_held(hold), plan=plan) is not None
+        data = {name: plan.get(name) for name in ("steps", "bytes_after", "predicted_loss")}
+        return change(self._session, hold.job_id, *_held(hold), event="job.planned", data=data, plan=plan) is not None
 
     def note_resolved(self, hold: Hold, resolved: Document) -> bool:
         """Record what the request was resolved to."""

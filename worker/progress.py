@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from compression.progress import BlockDone, Event, StageStarted, Warned, event_from_dict
+from compression.progress import BlockDone, Event, PlanSettled, StageStarted, Warned, event_from_dict
 from jobs.attempts import Claim
 from jobs.database import UnitOfWork
 from jobs.logs import Fields
@@ -97,6 +97,8 @@ class EventWriter:
                 self._advance(event)
             case Warned(code, message):
                 self._write(lambda work: work.attempts.warn(self._claim, code, message))
+            case PlanSettled(plan):
+                self._write(lambda work: work.attempts.note_plan(self._claim, plan))
 
     def _advance(self, event: BlockDone) -> None:
         # A tiny model finishes hundreds of blocks a second; the row need not follow each of them.

@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compression.architectures import Architecture, find_architecture
+from compression.architectures import find_architecture
 from compression.errors import DiskFull, VerificationFailed
-from compression.planner.sizes import FLOAT
-from compression.recipe import BITS, Pattern, Quantize
+from compression.recipe import Pattern
 from compression.runtime import slimtrim_runtime
 from compression.runtime.slimtrim_runtime import declared
 
@@ -137,69 +136,4 @@ def sparse_config(pattern: Pattern, trimmed: Mapping[str, Any] | None = None) ->
 
 def needs_runtime(config: Mapping[str, Any]) -> bool:
     """Say whether only its own loader opens an artifact with this config.json."""
-    return not {"sparse", "experts"}.isdisjoint(config.get("slimtrim", {}))
-
-
-def quantization_config(architecture: Architecture, step: Quantize, trimmed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the ``quantization_config`` that stock transformers and vLLM's rules read, for a model of the ``trimmed`` config.
-
-    The experts' group carries the literal target "Linear" when it is the only scheme, which older engines look
-    for; with several schemes its target is a pattern that names the experts, by which the stock loader finds it.
-    """
-    shared = [module for module in architecture.shared_experts if not module.endswith("_gate")]
-    parts = {
-        r"\.experts\.": step.scheme,
-        **{rf"\.{name}\.": step.attention for module in architecture.attention for name in architecture.names_of(module)},
-        **{rf"\.{name}\.": step.shared_experts for module in shared for name in architecture.names_of(module)},
-        rf"\.{architecture.dense_matrices}$": step.dense,
-    }
-    groups: dict[str, list[str]] = {}
-    for pattern, scheme in parts.items():
-        if scheme != "keep":
-            groups.setdefault(scheme, []).append(f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*"))
-    if len(groups) == 1:
-        groups = {step.scheme: ["Linear"]}
-    # By saved and by running name: stock transformers matches running modules, other engines saved ones.
-    routers = sorted({architecture.router, architecture.running_router.rsplit(".", 1)[-1]})
-    ignore = [architecture.head, *(rf"re:.*\.{router}$" for router in routers)]
-    ignore += [rf"re:.*\.{module}$" for module in architecture.shared_experts if module.endswith("_gate")]
-    ignore += [f"re:.*{pattern}" + ("" if pattern.endswith("$") else ".*") for pattern, s in parts.items() if s == "keep"]
-    ignore += [rf"re:.*\b{module}\." + ".*" for module in (*architecture.shared_beside, *architecture.untouched)]
-    formats = sorted({_format(scheme) for scheme in groups})
-    counts = architecture.settings(trimmed).get("per_layer_num_experts") if trimmed is not None else None
-    sparsity = {"moe_sparsity_config": {"method": "prune", "num_experts": list(counts)}} if counts else {}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats[0] if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "config_groups": {
-            f"group_{number}": _group(scheme, step.group_size or -1, targets)
-            for number, (scheme, targets) in enumerate(groups.items())
-        },
-        **sparsity,
-    }
-
-
-def _format(scheme: str) -> str:
-    return "float-quantized" if scheme == FLOAT else "pack-quantized"
-
-
-def _group(scheme: str, group_size: int, targets: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": BITS[scheme], "type": "int", "symmetric": True, "dynamic": False}
-    activations: dict[str, Any] | None = None
-    if group_size == -1 or scheme == FLOAT:
-        weights |= {"strategy": "channel", "group_size": None}
-    else:
-        weights |= {"strategy": "group", "group_size": group_size}
-    if scheme == FLOAT:
-        weights["type"] = "float"
-        activations = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
-    return {
-        "targets": targets,
-        "format": _format(scheme),
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-    }
+    return not {"sparse", "experts", "packed_experts"}.isdisjoint(config.get("slimtrim", {}))

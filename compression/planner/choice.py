@@ -48,12 +48,12 @@ class Tried:
         """The standard error of the mean; 0 with a single sequence, which has none to show."""
         return stdev(self.measured) / sqrt(len(self.measured)) if len(self.measured) > 1 else 0.0
 
-    @property
-    def is_as_predicted(self) -> bool:
-        """Whether measured and predicted loss agree as well as they usually do."""
-        if max(self.loss, self.predicted) < _NOTHING:
-            return True
-        return self.predicted > 0 and TRUSTED[0] <= self.loss / self.predicted <= TRUSTED[1]
+
+def as_predicted(predicted: float, measured: float) -> bool:
+    """Say whether a measured loss agrees with its prediction as well as they usually do."""
+    if max(predicted, measured) < _NOTHING:
+        return True
+    return predicted > 0 and TRUSTED[0] <= measured / predicted <= TRUSTED[1]
 
 
 def settle(tried: Sequence[Tried]) -> int:

@@ -62,6 +62,29 @@ def beyond_single(prices: Prices, charges: PairCharges, dropped: Iterable[Drop])
     return total
 
 
+def pairs_to_measure(prices: Prices, most: int) -> list[tuple[Drop, Drop]]:
+    """Return the pairs worth measuring: all among the cheapest drops of each kind, as many of them as make ``most`` pairs.
+
+    The first of a pair lies before the second. A solver goes where too little is known: what is cheap alone must be known best.
+    """
+    ranked = sorted((price.drop for price in prices.drops), key=lambda drop: (prices.of_drop(drop), drop))
+    by_kind = [[drop for drop in ranked if drop.kind == kind] for kind in ("block", "layer")]
+    chosen: list[tuple[Drop, Drop]] = []
+    for count in range(2, max(map(len, by_kind)) + 1):
+        among = sorted((drop for drops in by_kind for drop in drops[:count]), key=lambda drop: (drop.block, drop.kind))
+        pairs = [(first, second) for first, second in combinations(among, 2) if first.block != second.block]
+        if len(pairs) > most:
+            break
+        chosen = pairs
+    return chosen
+
+
+def unmeasured_pairs(prices: Prices, dropped: Iterable[Drop]) -> list[tuple[Drop, Drop]]:
+    """Return the pairs of these drops whose price together is not known, the first before the second."""
+    ordered = sorted(dropped, key=lambda drop: drop.block)
+    return [pair for pair in combinations(ordered, 2) if prices.beyond(*pair) is None]
+
+
 def _unmeasured(prices: Prices, candidates: Iterable[Drop]) -> float:
     beyond = [prices.beyond(pair.first, pair.second) or 0.0 for pair in prices.pairs]
     if any(loss > 0 for loss in beyond):

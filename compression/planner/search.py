@@ -28,7 +28,7 @@ class Search:
     """All plans for one model, one way of serving it, one profile and one set of prices."""
 
     def __init__(self, inventory: Inventory, serving: Serving, profile: Profile, prices: Prices) -> None:
-        self._inventory, self._prices = inventory, prices
+        self._inventory, self.prices = inventory, prices
         self._options = Options(inventory, serving, profile, prices)
         self._charges = pair_charges(prices, self._options.drops)
 
@@ -124,7 +124,7 @@ class Search:
     def _selection(self, common: Common, solution: Solution) -> Selection:
         options = solution.options
         drops = [option.drop for option in options if option.drop is not None]
-        together = beyond_single(self._prices, self._charges, drops)
+        together = beyond_single(self.prices, self._charges, drops)
         fewer = any(option.experts_kept not in (None, self._inventory.experts) for option in options)
         return Selection(
             options,

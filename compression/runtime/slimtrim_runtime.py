@@ -21,18 +21,29 @@ What the model is made of beyond its family stands in ``config.json`` under ``"s
 
   This is the layout that compressed-tensors called sparse-24-bitmask up to its version 0.14, for any n:m.
 
+* ``"packed_experts"``: routed experts are integers of a width that differs from block to block: ``"bits"``, per block, or
+  ``null`` where they are stored like any other weight. ``"names"`` is what names of experts begin with, with the block in
+  parentheses. In place of ``P.weight`` [O, I] the files hold compressed-tensors' pack-quantized layout, which stock
+  transformers reads for one width alone:
+
+  * ``P.weight_packed`` [O, W], int32: each row's integers plus 2^(bits - 1), the first in the lowest bits, end to end;
+  * ``P.weight_scale`` [O, G]: what the integers of each of G equal runs of inputs are multiplied by;
+  * ``P.weight_shape`` [2]: O and I.
+
 No stock loader reads any of these, and the stock one is kept from trying: it would fill the gaps with random weights.
 
 The file stands alone: it needs torch, transformers and safetensors, and may be copied wherever the model goes.
 
-Shapes: O outputs, I inputs, K kept inputs, M bytes of mask, any leading dimensions; T tokens, C chosen experts, D width.
+Shapes: O outputs, I inputs, K kept inputs, M bytes of mask, W words, B bytes, J times eight integers, G groups, any leading
+dimensions; T tokens, C chosen experts, D width.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -42,9 +53,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 SUFFIXES = (".compressed", ".bitmask", ".shape")
+INTEGERS = (".weight_packed", ".weight_scale", ".weight_shape")
+_PACKINGS = ("sparse", "packed_experts")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMultimodalLM")
 _OURS = ("slimtrim", "auto_map", "transformers_weights")
 
@@ -78,11 +92,12 @@ def open_model(folder: str | Path, **settings: Any) -> Any:
     given = settings.pop("config", None)
     config, section = _taken_apart(AutoConfig.from_pretrained(folder) if given is None else given)
     stock = _stock_class(config)
-    opened = _shaped(stock, section).from_pretrained(None, config=config, state_dict=with_weights(_Files(folder)), **settings)
+    tensors = with_weights(_Files(folder), section, settings.get("key_mapping"))
+    opened = _shaped(stock, section).from_pretrained(None, config=config, state_dict=tensors, **settings)
     model = opened[0] if isinstance(opened, tuple) else opened
     model.__class__ = stock
     if "experts" in section:
-        model.save_pretrained = partial(_save, model, {key: value for key, value in section.items() if key != "sparse"})
+        model.save_pretrained = partial(_save, model, {key: section[key] for key in section if key not in _PACKINGS})
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return opened
@@ -157,16 +172,56 @@ def skip_experts(beta: float, experts: Any, args: tuple[Any, ...]) -> tuple[Any,
     return x_TD, torch.where(gone_TC, nobody, ids_TC), weights_TC, *more
 
 
-def with_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved tensors with each packed one under its weight's name, unpacked when it is indexed with ``[...]``."""
+def with_weights(
+    saved: Mapping[str, Any], section: Mapping[str, Any], key_mapping: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the saved tensors with each packed one under its weight's name, unpacked when it is indexed with ``[...]``.
+
+    ``section``: config.json's, which says of routed experts whether they are packed; other integers are the stock loader's.
+    ``key_mapping``: as the stock loader is given it; blocks count as they are called by it.
+    """
     tensors: dict[str, Any] = {}
     for name in saved:
-        stem = name.removesuffix(".compressed")
-        if stem != name:
-            tensors[f"{stem}.weight"] = _Packed(saved, stem)
-        elif not name.endswith(SUFFIXES):
+        stem, dot, kind = name.rpartition(".")
+        bits = _bits_of(name, section, key_mapping or {}) if dot + kind in INTEGERS else None
+        if dot + kind == SUFFIXES[0]:
+            tensors[f"{stem}.weight"] = _Packed(saved, stem, SUFFIXES, unpack_sparse)
+        elif bits is not None and dot + kind == INTEGERS[0]:
+            tensors[f"{stem}.weight"] = _Packed(saved, stem, INTEGERS, partial(unpack_integers, bits))
+        elif bits is None and dot + kind not in SUFFIXES:
             tensors[name] = saved[name]
     return tensors
+
+
+def _bits_of(name: str, section: Mapping[str, Any], key_mapping: Mapping[str, str]) -> int | None:
+    """Return how many bits the integers of an expert have; None for what is no business of this file."""
+    if "packed_experts" not in section:
+        return None
+    for pattern, new in key_mapping.items():
+        name, found = re.subn(pattern, new, name, count=1)
+        if found:
+            break
+    match = re.match(section["packed_experts"]["names"], name)
+    return section["packed_experts"]["bits"][int(match[1])] if match else None
+
+
+def unpack_integers(bits: int, packed_OW: Tensor, scale_OG: Tensor, shape: Tensor) -> Tensor:
+    """Return the weight [..., O, I], in the dtype of the scales; CannotUnpack where the words do not hold as many integers.
+
+    Eight integers are exactly as many bytes as one has bits, and one 64-bit number: they are taken from it one by one.
+    """
+    outputs, inputs = (int(size) for size in shape)
+    groups, words = scale_OG.shape[-1], -(-inputs * bits // 32)
+    if packed_OW.shape[-2:] != (outputs, words) or scale_OG.shape[-2] != outputs or inputs % groups:
+        raise CannotUnpack(f"{list(packed_OW.shape)} words and {list(scale_OG.shape)} scales do not fit {[outputs, inputs]}")
+    bytes_OB = packed_OW.contiguous().view(torch.uint8)
+    bytes_OJB = pad(bytes_OB, (0, -bytes_OB.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    eight_OJ = pad(bytes_OJB, (0, 8 - bits)).contiguous().view(torch.int64).squeeze(-1)
+    lowest, most = 2 ** (bits - 1), 2**bits - 1
+    codes = [((eight_OJ >> bits * place) & most).sub_(lowest).to(torch.int8) for place in range(8)]
+    codes_OI = torch.stack(codes, dim=-1).flatten(-2)[..., :inputs]
+    weight_OGN = codes_OI.unflatten(-1, (groups, -1)).to(scale_OG.dtype)
+    return weight_OGN.mul_(scale_OG.unsqueeze(-1)).flatten(-2)
 
 
 def unpack_sparse(compressed_OK: Tensor, bitmask_OM: Tensor, shape: Tensor) -> Tensor:
@@ -183,15 +238,18 @@ def unpack_sparse(compressed_OK: Tensor, bitmask_OM: Tensor, shape: Tensor) -> T
 class _Packed:
     """A packed weight that is read and unpacked when the loader asks for it, one at a time."""
 
-    def __init__(self, saved: Mapping[str, Any], stem: str) -> None:
-        self._saved = saved
-        self._stem = stem
+    def __init__(self, saved: Mapping[str, Any], stem: str, suffixes: tuple[str, ...], unpack: Callable[..., Tensor]) -> None:
+        self._saved, self._stem, self._suffixes, self._unpack = saved, stem, suffixes, unpack
+
+    def is_floating_point(self) -> bool:
+        """Say, where the loader asks before it reads, that this is a weight like any other."""
+        return True
 
     def __getitem__(self, index: Any) -> Tensor:
-        compressed_OK, bitmask_OM, shape = (self._saved[f"{self._stem}{suffix}"][...] for suffix in SUFFIXES)
         try:
-            return unpack_sparse(compressed_OK, bitmask_OM, shape)[index]
-        except CannotUnpack as error:
+            parts = [self._saved[f"{self._stem}{suffix}"][...] for suffix in self._suffixes]
+            return self._unpack(*parts)[index]
+        except (CannotUnpack, KeyError) as error:
             raise CannotUnpack(f"{self._stem}.weight cannot be unpacked: {error}") from error
 
 

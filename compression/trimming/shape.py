@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compression.architectures import EXPERT_COUNT_SPELLINGS, Architecture, expert_count
+from compression.checkpoint.schemes import in_window
 from compression.runtime.slimtrim_runtime import declared
 from compression.trimming import Cuts
 
@@ -47,12 +48,17 @@ def _used(top_k: int | list[int]) -> int:
 
 
 def cut_entries(config: Mapping[str, Any], window: Sequence[int]) -> dict[str, Any]:
-    """Return an artifact's config.json with what it says block by block about experts cut to a window of its blocks."""
-    section = config.get("slimtrim", {})
-    if "experts" not in section:
-        return dict(config)
-    lists = {key: [section[key][block] for block in window] for key in ("experts", "skip")}
-    return {**config, "slimtrim": {**section, **lists}}
+    """Return an artifact's config.json with what it says block by block of experts and schemes cut to a window of its blocks."""
+    cut = dict(config)
+    if "slimtrim" in config:
+        section = dict(config["slimtrim"])
+        section |= {key: [section[key][block] for block in window] for key in ("experts", "skip") if key in section}
+        if packed := section.get("packed_experts"):
+            section["packed_experts"] = {**packed, "bits": [packed["bits"][block] for block in window]}
+        cut["slimtrim"] = section
+    if stated := cut.pop("quantization_config", None):
+        cut |= {"quantization_config": left} if (left := in_window(stated, window)) else {}
+    return cut
 
 
 def _count(cuts: Cuts, block: int, *, layers_are_dense: bool) -> int | None:

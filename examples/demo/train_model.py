@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from examples.demo.errors import DemoFailed
 from examples.demo.language import pack, perplexity, train_tokenizer, unigram_perplexity, windows
@@ -190,7 +190,19 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Mixtral
     return model
 
 
-def fit(model: MixtralForCausalLM, train_T: Tensor, settings: Settings, console: Console) -> int:
+def stock_loss(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+    """Return the stock class's own loss, with its term for balanced experts."""
+    return model(input_ids=ids_NS, labels=ids_NS, use_cache=False).loss
+
+
+def fit(
+    model: PreTrainedModel,
+    train_T: Tensor,
+    settings: Settings,
+    console: Console,
+    *,
+    loss_of: Callable[[PreTrainedModel, Tensor], Tensor] = stock_loss,
+) -> int:
     """Train until the settings say that it is over; return the steps made."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -204,9 +216,10 @@ def fit(model: MixtralForCausalLM, train_T: Tensor, settings: Settings, console:
         while (used := settings.used(step, time.monotonic() - started)) < 1.0:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate(used)
-            loss = _step(model, next(batches), optimizer)
+            loss = loss_of(model, next(batches))
+            _step(model, loss, optimizer)
             step += 1
-            bar.update(task, completed=used, note=f"step {step}  loss {loss:.2f}")
+            bar.update(task, completed=used, note=f"step {step}  loss {loss.item():.2f}")
         bar.update(task, completed=1.0)
     return step
 
@@ -218,20 +231,18 @@ def rate(used: float, warm_up: float = 0.05) -> float:
     return 0.5 * (1 + math.cos(math.pi * (used - warm_up) / (1 - warm_up)))
 
 
-def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a stock checkpoint in bf16, as models are published."""
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _step(model: MixtralForCausalLM, ids_NS: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    output = model(input_ids=ids_NS, labels=ids_NS, use_cache=False)
-    output.loss.backward()
+def _step(model: PreTrainedModel, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return output.loss.item()
 
 
 def _batches(train_T: Tensor, settings: Settings) -> Iterator[Tensor]:

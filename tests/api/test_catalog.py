@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compression.architectures import ARCHITECTURES
+from compression.planner.availability import STEP_FACTS
 from compression.recipe import STEPS
 from tests.api.conftest import Face
 
@@ -17,6 +18,7 @@ def test_every_step_of_the_contract_is_listed_with_its_settings(face: Face):
         assert step["schema"] == STEPS[name].model_json_schema()
         assert step["paper"]
         assert step["evidence"]
+        assert step["explanation"] == STEP_FACTS[name].explanation
 
 
 def test_a_step_that_is_listed_as_available_is_accepted_and_another_is_refused(face: Face):

@@ -14,9 +14,9 @@ from tests.api.conftest import Face
 
 PLAN_FIELDS = {
     "feasible", "profile", "bytes_before", "bytes_after", "smallest_possible_bytes", "target_bytes", "memory_class", "steps",
-    "components", "memory", "blocks", "frontier", "provisional", "warnings",
+    "components", "memory", "blocks", "frontier", "provisional", "warnings", "predicted_loss", "trials",
 }  # fmt: skip
-"""The contract's Plan, word for word."""
+"""The contract's Plan, word for word, and what is said beyond it: what a plan costs, and what plans were tried."""
 COMPONENTS = {"experts", "attention", "router", "shared_experts", "dense", "embeddings", "other", "kv_cache", "overhead"}
 BLOCK_FIELDS = {"index", "action", "experts_kept", "expert_scheme", "attention_scheme", "bytes"}
 

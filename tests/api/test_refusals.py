@@ -116,7 +116,6 @@ def test_every_fault_is_told_at_once(face: Face):
 @pytest.mark.parametrize(
     ("members", "pointer"),
     [
-        ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
         ({"webhook": {"url": "https://example.org/x"}}, "/webhook"),
         ({"model": "s3://bucket/prefix"}, "/model"),
         ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),

@@ -18,8 +18,9 @@ from torch import Tensor
 from compression.architectures import Architecture, find_architecture
 from compression.checkpoint.packing import pack
 from compression.checkpoint.reader import Reader
+from compression.checkpoint.schemes import quantization_config
 from compression.checkpoint.sparse import packed_tensors
-from compression.checkpoint.writer import Writer, quantization_config, sparse_config
+from compression.checkpoint.writer import Writer, sparse_config
 from compression.recipe import BITS, Quantize, parse_pattern
 
 Stored = tuple[dict[str, Tensor], Tensor]

@@ -13,7 +13,8 @@ from torch import Tensor
 from compression.architectures import Architecture, find_architecture
 from compression.block import Shell
 from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import Writer, quantization_config, sparse_config
+from compression.checkpoint.schemes import quantized_entries
+from compression.checkpoint.writer import Writer, sparse_config
 from compression.compress import Compressor
 from compression.recipe import Pattern, Prune, Quantize
 from compression.slim import Slimming
@@ -48,9 +49,9 @@ def trimmed(
     view = TrimmedReader(reader, architecture, cuts, zero_width=zero_width)
     config = dict(view.config)
     if quantize is not None:
-        config["quantization_config"] = quantization_config(architecture, quantize, view.config)
+        config |= quantized_entries(architecture, quantize, view.config, cuts.blocks)
     if packed is not None:
-        config |= sparse_config(packed, view.config)
+        config |= sparse_config(packed, config)
     writer, outside = Writer(out, config), view.outside()
     writer.outside(outside)
     plain = Shell(view.config, outside)

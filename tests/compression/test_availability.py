@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -36,7 +37,6 @@ NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
     ({"step": "recover", "method": "router_distill"}, "/step", "recover"),
 ]
 SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
-    ({"recipe": "auto", "target_memory": "1GB"}, "/recipe"),
     ({"model": "s3://bucket/model"}, "/model"),
     ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
     (
@@ -95,7 +95,21 @@ def test_every_step_of_the_contract_is_listed_with_schema_paper_and_evidence():
         assert step["schema"]["properties"]["step"]["const"] == name
         assert step["summary"].endswith(".")
         assert step["evidence"].endswith(".")
+        assert step["explanation"] == STEP_FACTS[name].explanation
         assert step["paper"]
+
+
+@pytest.mark.parametrize("name", STEP_FACTS)
+def test_every_step_is_explained_in_a_paragraph_that_tells_its_price_its_use_and_its_engines(name: str):
+    explanation = STEP_FACTS[name].explanation
+
+    assert 70 <= len(explanation.split()) <= 180
+    assert explanation.endswith(".")
+    assert re.search(r"\n|  |[a-z][.,;][A-Za-z]", explanation) is None  # pieces of a string that were joined badly
+    assert re.search(r"[Uu]se it|Worth its time|first lever", explanation)
+    assert re.search(r"\b(saves?|shrinks)\b", explanation, re.IGNORECASE)
+    assert re.search(r"engine|transformers|everywhere|loader", explanation)
+    assert len({facts.explanation for facts in STEP_FACTS.values()}) == len(STEP_FACTS)
 
 
 def test_the_table_names_only_values_that_the_settings_know():

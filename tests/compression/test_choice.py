@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compression.planner.choice import Tried, settle
+from compression.planner.choice import Tried, as_predicted, settle
 
 
 def plan(*measured: float, predicted: float = 0.1, rounded: float = 0.1) -> Tried:
@@ -42,10 +42,10 @@ def test_the_error_is_that_of_the_mean():
 
 
 def test_a_loss_four_times_the_prediction_is_not_as_predicted():
-    assert plan(0.10, 0.11, 0.09).is_as_predicted
-    assert not plan(0.40, 0.41, 0.39).is_as_predicted
-    assert not plan(0.03, 0.03, 0.03).is_as_predicted
+    assert as_predicted(0.1, 0.1)
+    assert not as_predicted(0.1, 0.4)
+    assert not as_predicted(0.1, 0.03)
 
 
 def test_losses_too_small_to_compare_are_as_predicted():
-    assert plan(0.004, 0.004, predicted=0.0, rounded=0.0).is_as_predicted
+    assert as_predicted(0.0, 0.004)

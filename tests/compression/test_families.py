@@ -23,7 +23,8 @@ from compression.architectures import ARCHITECTURES, REFUSED
 from compression.block import Shell, language_model, stock_class
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import Writer, quantization_config
+from compression.checkpoint.schemes import quantization_config
+from compression.checkpoint.writer import Writer
 from compression.errors import ImpossibleStep, NotLoadableInProfile
 from compression.moe import by_expert, moe_layer
 from compression.observer import Observer

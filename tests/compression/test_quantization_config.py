@@ -13,7 +13,7 @@ from compression.architectures import ARCHITECTURES
 from compression.block import Shell
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.checkpoint.reader import Reader
-from compression.checkpoint.writer import quantization_config
+from compression.checkpoint.schemes import quantization_config
 from compression.evaluation.verification import verify
 from compression.plan import make_plan
 from compression.recipe import Quantize

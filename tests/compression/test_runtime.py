@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from transformers import AutoModelForCausalLM
 
 from compression.architectures import ARCHITECTURES
 from compression.block import Shell
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
+from compression.checkpoint.packing import pack
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import RUNTIME
 from compression.errors import BrokenCheckpoint, UnsupportedArchitecture, VerificationFailed
 from compression.evaluation.verification import verify
 from compression.plan import make_plan
-from compression.runtime.slimtrim_runtime import open_model
+from compression.runtime.slimtrim_runtime import CannotUnpack, open_model, unpack_integers, with_weights
+from compression.slimming.grid import dequantize
 from tests.compression.made_artifacts import pruned, tampered
 from tests.compression.made_checkpoints import request
 from tests.compression.made_trims import said_far_from_here
@@ -186,3 +190,70 @@ def test_a_live_block_with_a_mask_that_does_not_fit_is_broken(artifact, tmp_path
 
     with pytest.raises(BrokenCheckpoint, match=f"{NAME}.weight"), shell.live(1, reader.block(1)):
         pass
+
+
+# ----- experts as integers of several widths
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_become_the_very_weights_that_the_library_and_the_stock_loader_compute(bits, dtype):
+    """Rows of any length: integers of three bits straddle words, and the last word is seldom full."""
+    generator = torch.Generator().manual_seed(bits)
+    for inputs in (*range(1, 70), 96, 128, 192, 1000):
+        for groups in {1, *(inputs // size for size in (32, 64) if inputs % size == 0)}:
+            codes_OI = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, inputs), dtype=torch.int8, generator=generator)
+            scale_OG = torch.rand(5, groups, generator=generator).to(dtype)
+            packed_OW, shape = pack(codes_OI, bits), torch.tensor([5, inputs])
+
+            weight_OI = unpack_integers(bits, packed_OW, scale_OG, shape)
+
+            assert weight_OI.dtype == dtype
+            assert torch.equal(weight_OI, dequantize(codes_OI, scale_OG))
+            scheme = scheme_of(bits, inputs // groups if groups > 1 else None)
+            stock = PackedQuantizationCompressor.decompress(
+                {"weight_packed": packed_OW, "weight_scale": scale_OG, "weight_shape": shape}, scheme
+            )
+            assert torch.equal(weight_OI, stock["weight"])
+
+
+def scheme_of(bits, group_size):
+    strategy = "channel" if group_size is None else "group"
+    return QuantizationScheme(targets=["Linear"], weights={"num_bits": bits, "strategy": strategy, "group_size": group_size})
+
+
+@pytest.mark.parametrize(
+    ("words", "scales", "shape"), [((5, 7), (5, 2), (5, 64)), ((4, 8), (5, 2), (5, 64)), ((5, 8), (5, 3), (5, 64))]
+)
+def test_words_and_scales_that_do_not_fit_their_shape_are_refused(words, scales, shape):
+    with pytest.raises(CannotUnpack, match="do not fit"):
+        unpack_integers(4, torch.zeros(words, dtype=torch.int32), torch.ones(scales), torch.tensor(shape))
+
+
+EXPERT, OTHER = "model.layers.3.mlp.experts.0.up_proj", "model.layers.3.self_attn.q_proj"
+PACKED_BY_US = {"packed_experts": {"names": r"model\.layers\.(\d+)\.mlp\.experts\.", "bits": [4, None, None, 8]}}
+
+
+@pytest.mark.parametrize(
+    ("section", "ours"),
+    [({}, []), (PACKED_BY_US, [EXPERT]), ({"packed_experts": {**PACKED_BY_US["packed_experts"], "bits": [4, 4, 4, None]}}, [])],
+)
+def test_only_experts_of_blocks_that_the_section_names_are_unpacked_here(section, ours):
+    codes_OI = torch.full((2, 32), -100, dtype=torch.int8)
+    parts = {"weight_packed": pack(codes_OI, 8), "weight_scale": torch.ones(2, 1), "weight_shape": torch.tensor([2, 32])}
+    saved = {f"{stem}.{part}": tensor for stem in (EXPERT, OTHER) for part, tensor in parts.items()}
+
+    tensors = with_weights(saved, section)
+
+    assert [name for name in tensors if name.endswith(".weight")] == [f"{stem}.weight" for stem in ours]
+    assert all(torch.equal(tensors[f"{stem}.weight"][...], codes_OI.float()) for stem in ours)
+    assert {name for name in tensors if OTHER in name} == {f"{OTHER}.{part}" for part in parts}
+
+
+def test_a_block_goes_by_the_name_under_which_it_is_loaded():
+    saved = {f"{EXPERT}.weight_packed": torch.zeros(2, 4, dtype=torch.int32)}
+    renamed = {r"model\.layers\.2\.": "model.layers.1.", r"model\.layers\.3\.": "model.layers.0."}
+
+    tensors = with_weights(saved, {"packed_experts": {**PACKED_BY_US["packed_experts"], "bits": [4, None]}}, renamed)
+
+    assert list(tensors) == [f"{EXPERT}.weight"]
