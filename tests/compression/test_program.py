@@ -4,10 +4,11 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from math import inf, isclose
+from typing import Any
 
 import pytest
 
-from compression.planner.milp import Row, minimise
+from compression.planner.milp import Minimum, Row, minimise
 from compression.planner.options import Action, Option
 from compression.planner.pairs import PairCharges
 from compression.planner.prices import Drop
@@ -92,6 +93,28 @@ def test_a_budget_is_kept_to_the_byte(unit: int):
             assert size(solution.options) <= room
 
 
+def test_what_the_solver_returns_is_added_up_again(monkeypatch: pytest.MonkeyPatch):
+    menus = random_menus(random.Random(1), blocks=12, options=10)
+    room, asked = 4079, 0
+
+    def generous(costs: Sequence[float], rows: Sequence[Row], **settings: Any) -> Minimum | None:
+        """Solve as if the budget were a tenth larger."""
+        nonlocal asked
+        asked += 1
+        *others, budget = rows
+        return minimise(costs, [*others, budget._replace(high=1.1 * budget.high)], **settings)
+
+    right = program(menus).solve(room)
+    monkeypatch.setattr("compression.planner.program.minimise", generous)
+    solution = program(menus).solve(room)
+
+    assert asked > 1
+    assert right is not None
+    assert solution is not None
+    assert size(solution.options) <= room
+    assert solution.price >= right.price
+
+
 def test_the_fewest_bytes_are_reached_and_one_less_is_refused():
     draw = random.Random(5)
     menus = random_menus(draw, blocks=5, options=3)
@@ -104,6 +127,7 @@ def test_the_fewest_bytes_are_reached_and_one_less_is_refused():
     assert solution is not None
     assert size(solution.options) == least
     assert small.solve(least - 1) is None
+    assert small.bound(least - 1) == inf
 
 
 def test_the_bound_is_below_every_plan():
