@@ -26,6 +26,7 @@ from compression.trimming.surgery import cut_block
 from tests.compression.made_trims import IDS_NS, swept, trimmed, whole_cuts
 
 MATRIX = re.compile(r"(.*)\.weight(?:_packed)?")
+MIXTRAL = ARCHITECTURES["mixtral"]
 CPU = torch.device("cpu")
 
 
@@ -171,6 +172,17 @@ def test_every_matrix_is_stored_as_its_source_block_was_told_and_config_says_so(
     assert len(seen) >= 3
 
 
+def test_block_1_is_not_taken_for_block_11_nor_any_block_for_two():
+    by_block = {2: {"attention": "W8A16"}, 13: {"attention": "keep"}, 20: {"attention": "FP8_DYNAMIC"}}
+    kept = (*range(1, 12), 13, 20, 21)  # so that 2 becomes 1, 13 becomes 11 and 20 becomes 12
+
+    config = quantization_config(MIXTRAL, step_of(by_block, attention="W4A16"), {"num_hidden_layers": 14}, kept)
+
+    stated = [scheme_stated(config, f"model.layers.{index}.self_attn.q_proj") for index in range(14)]
+    assert stated == ["W4A16", "W8A16", *["W4A16"] * 9, "keep", "FP8_DYNAMIC", "W4A16"]
+    assert scheme_stated(config, "model.layers.11.block_sparse_moe.experts.1.w1") == "W4A16"
+
+
 # ----- experts of several widths, which the loader in the artifact unpacks
 
 MIXED = {
@@ -286,6 +298,7 @@ def test_an_opened_model_without_other_peculiarities_is_saved_for_stock_transfor
 
     open_model(tmp_path / "out").save_pretrained(tmp_path / "again")
 
+    assert needs_runtime(config_of(tmp_path / "out"))
     assert "slimtrim" not in config_of(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
 
