@@ -11,7 +11,7 @@ from compression.plan import bytes_with_serving
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.levers import levers_of
 from compression.planner.options import Selection
-from compression.planner.prices import Drop, Prices
+from compression.planner.prices import Drop, Prices, Setting
 from compression.planner.prior import usual_prices
 from compression.planner.program import CLOSE, GAP
 from compression.planner.resolve import resolve
@@ -96,7 +96,15 @@ def test_few_programs_are_solved(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("profile", ["portable", "custom"])
 def test_a_target_that_the_original_meets_leaves_it_untouched(profile: Profile):
-    search = search_of(MIXTRAL, profile)
+    priced = made_prices(MIXTRAL, levers_of(MIXTRAL))
+    nothing = {"price": Setting(whole=0.0, errors={})}
+    free = priced.model_copy(
+        update={
+            "schemes": tuple(scheme.model_copy(update=nothing) for scheme in priced.schemes),
+            "counts": tuple(count.model_copy(update=nothing) for count in priced.counts),
+        }
+    )
+    search = search_of(MIXTRAL, profile, free)
 
     for plan in (search.best(MIXTRAL.bytes), *search.rivals(MIXTRAL.bytes)):
         assert plan is not None
