@@ -126,7 +126,7 @@ class _Work:
         slimming: Slimming,
         architecture: Architecture,
         index: int,
-        source: int | None,
+        source: int | None = None,
     ) -> None:
         self.saved, self.slimming, self.architecture, self.index = saved, slimming, architecture, index
         self.source = source
