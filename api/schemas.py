@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from compression.recipe import Compression, Settings
+from compression.recipe import Settings
+from compression.request import Compression
 from jobs.status import JobStatus
 
 MOST_LABELS = 16

@@ -16,7 +16,7 @@ from compression.errors import NotAvailable
 from compression.plan import Plan, make_plan
 from compression.planner.availability import check_request
 from compression.planner.known import recall
-from compression.recipe import Compression
+from compression.request import Compression
 from jobs.database import reading, unit_of_work
 from jobs.errors import JobNotFound
 from jobs.repository import Added, Idempotency

@@ -160,7 +160,7 @@ def write_requests(model: Path, given: argparse.Namespace) -> dict[str, Path]:
     from safetensors.torch import save_file
 
     from compression.calibration import load_calibration
-    from compression.recipe import Calibration
+    from compression.request import Calibration
 
     folder = given.scratch / model.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def quality(given: argparse.Namespace) -> dict[str, Any]:
     """Print and return the perplexity of the original and of the artifacts that the last round left."""
     from bench.peers.quality import judge
     from compression.calibration import load_evaluation
-    from compression.recipe import Perplexity
+    from compression.request import Perplexity
 
     wanted = Perplexity.model_validate({"source": given.held_out.as_uri(), **HELD_OUT})
     ids_NS = load_evaluation(wanted, given.model, sequence_length=HELD_OUT["sequence_length"]).ids_NS

@@ -28,7 +28,8 @@ from compression.evaluation.perplexity import compare
 from compression.methods import Choice, choose_cuts, merger
 from compression.observer import Observer
 from compression.planner.inventory import take_inventory
-from compression.recipe import AnyStep, Calibration, ExpertDrop, ExpertMerge, Perplexity
+from compression.recipe import AnyStep, ExpertDrop, ExpertMerge
+from compression.request import Calibration, Perplexity
 from compression.study import Study
 from compression.sweep import Push, Stream, sweep, working_dtype
 from compression.trimming import Cuts, Routing

@@ -71,7 +71,7 @@ def run(folder: Path) -> None:
     import shutil
 
     from compression.pipeline import compress
-    from compression.recipe import Compression
+    from compression.request import Compression
 
     out = folder.with_name(folder.name + "-out")
     shutil.rmtree(out, ignore_errors=True)

@@ -17,7 +17,8 @@ from statistics import median
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.levers import levers_of
 from compression.planner.search import Search
-from compression.recipe import Profile, Serving
+from compression.recipe import Profile
+from compression.request import Serving
 from tests.compression.made_checkpoints import Config, Tensors, checkpoint
 from tests.compression.made_prices import made_prices
 

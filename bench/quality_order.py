@@ -22,7 +22,7 @@ from compression.checkpoint.reader import Reader
 from compression.evaluation import perplexity
 from compression.pipeline import Run
 from compression.progress import Silent
-from compression.recipe import Compression
+from compression.request import Compression
 
 SAMPLES, HELD_OUT, LENGTH, GROUP = 64, 64, 256, 64
 PLAIN = ("rtn", "magnitude")

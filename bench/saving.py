@@ -21,7 +21,7 @@ from bench._trained import arguments
 from compression.checkpoint.reader import Reader
 from compression.pipeline import Run
 from compression.progress import Silent
-from compression.recipe import Compression
+from compression.request import Compression
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from bench._trained import arguments
 from compression.checkpoint.reader import Reader
 from compression.pipeline import Run
 from compression.progress import Silent
-from compression.recipe import Compression
+from compression.request import Compression
 
 SIZES = (1, 2, 4, 16, 64)
 LENGTH = 64

@@ -28,7 +28,8 @@ from compression.calibration import TokenSet, load_calibration
 from compression.checkpoint.source import open_source
 from compression.moe import moe_layer
 from compression.observer import Observer
-from compression.recipe import Calibration, ExpertDrop
+from compression.recipe import ExpertDrop
+from compression.request import Calibration
 from compression.study import Part
 from compression.study_store import StudyStore
 from compression.sweep import Push, Stream, Visitor, sweep, working_dtype

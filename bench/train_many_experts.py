@@ -30,7 +30,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from examples.demo.language import pack, perplexity, train_tokenizer, unigram_perplexity, windows
 from examples.demo.text import documents, split
-from examples.demo.train_model import Settings, fit, save
+from examples.demo.train_model import Settings, begin_passing_on_, fit, save, shape
 
 _MEASURED = 256
 """Windows of the held-out text that are measured, spread evenly over it."""
@@ -142,29 +142,15 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3Mo
     """Return an untrained model of the stock class, whose blocks begin by passing their input on (as the demo's do)."""
     torch.manual_seed(settings.seed)
     config = Qwen3MoeConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.width,
         intermediate_size=settings.experts_used * settings.expert_width,
         moe_intermediate_size=settings.expert_width,
-        num_hidden_layers=settings.blocks,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.key_value_heads,
         head_dim=settings.width // settings.heads,
         num_experts=settings.experts,
-        num_experts_per_tok=settings.experts_used,
         norm_topk_prob=True,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=settings.balance,
-        initializer_range=settings.spread,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **shape(settings, tokenizer),
     )
     model = Qwen3MoeForCausalLM(config)
-    for block in model.model.layers:
-        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(block.mlp.experts.down_proj)
+    begin_passing_on_(model.model.layers)
     return model
 
 

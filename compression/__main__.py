@@ -20,8 +20,8 @@ from rich.table import Table
 
 from compression.errors import SlimtrimError, ValidationFailed
 from compression.progress import BlockDone, Event, StageStarted, Warned
-from compression.recipe import Compression
 from compression.report import Report
+from compression.request import Compression
 
 
 def main(arguments: list[str] | None = None) -> int:

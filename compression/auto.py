@@ -32,7 +32,7 @@ from compression.planner.pairs import pairs_to_measure, unmeasured_pairs
 from compression.planner.prices import LEVERS, Drop, Lever, PairPrice, Prices
 from compression.planner.search import Search
 from compression.planner.weights import KEEP
-from compression.recipe import Compression
+from compression.request import Compression
 from compression.sensitivity import Sensitivity, measure_pairs, measure_prices, text_hash
 from compression.study import Part, Study
 from compression.sweep import OnBlock, Stream, working_dtype
@@ -110,9 +110,9 @@ class Pricing:
         probe = Stream(shell, self.text.priced_NS[: max(2, len(self.text.priced_NS) // 4)], dtype=clean.dtype)
         sensitivity = Sensitivity(reader, levers_of(self.inventory), routing, clean, probe)
         stream = Stream(shell, calibration.ids_NS, dtype=clean.dtype)
-        prices = measure_prices(shell, reader, stream, observer, sensitivity, _part(on_block, 0))
+        prices = measure_prices(shell, reader, stream, observer, sensitivity, _part(on_block, 0, of=2))
         pairs = pairs_to_measure(prices, min(_MOST_PAIRS, self.pairs_at_once))
-        observer.study.prices = prices.with_pairs(self.priced_pairs(pairs, _part(on_block, 1)))
+        observer.study.prices = prices.with_pairs(self.priced_pairs(pairs, _part(on_block, 1, of=2)))
         return observer.study
 
     def priced_pairs(self, pairs: Sequence[tuple[Drop, Drop]], on_block: OnBlock) -> tuple[PairPrice, ...]:
@@ -140,20 +140,20 @@ def settled(
     assert request.target_memory is not None, "the request's class demands it with recipe auto"
     prices = study.prices
     search = search_for(request, pricing.inventory, prices)
-    for _ in range(_ROUNDS):
+    for place in range(_ROUNDS):
         unknown = unmeasured_pairs(prices, best_of(search, request).drops)[: pricing.pairs_at_once]
         if not unknown:
             break
-        prices = prices.with_pairs(pricing.priced_pairs(unknown, on_block))
+        prices = prices.with_pairs(pricing.priced_pairs(unknown, _part(on_block, place, of=_ROUNDS + 1)))
         search = search_for(request, pricing.inventory, prices)
     rivals = search.rivals(request.target_memory, _RIVALS)
     trials = [_trial(search, selection, study, whole, choice) for selection in rivals]
     levers = levers_of(pricing.inventory, request.serving, request.profile)
-    losses = pricing.tried(trials, levers, on_block)
+    losses = pricing.tried(trials, levers, _part(on_block, _ROUNDS, of=_ROUNDS + 1))
     tried = [Tried(s.loss, s.rounded_loss, tuple(loss_N.tolist())) for s, loss_N in zip(rivals, losses, strict=True)]
-    place = settle(tried)
-    notes = [_note(search, rivals[i], tried[i], chosen=i == place) for i in range(len(rivals))]
-    return plan_selection(request, pricing.inventory, search, rivals[place], notes), prices
+    best = settle(tried)
+    notes = [_note(search, rivals[i], tried[i], chosen=i == best) for i in range(len(rivals))]
+    return plan_selection(request, pricing.inventory, search, rivals[best], notes), prices
 
 
 def _trial(search: Search, selection: Selection, study: Study, whole: Cuts, choice: Choice) -> Trial:
@@ -178,5 +178,6 @@ def _note(search: Search, selection: Selection, tried: Tried, *, chosen: bool) -
     )
 
 
-def _part(on_block: OnBlock, place: int) -> OnBlock:
-    return lambda done, blocks, text: on_block(place * blocks + done, 2 * blocks, text)
+def _part(on_block: OnBlock, place: int, *, of: int) -> OnBlock:
+    """Return what tells of one sweep of several, so that progress goes forward over all of them."""
+    return lambda done, blocks, text: on_block(place * blocks + done, of * blocks, text)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compression.errors import BrokenCheckpoint, RemoteCodeRequired, ValidationFailed
-from compression.recipe import Calibration, Domain, InlineText, Perplexity
+from compression.request import Calibration, Domain, InlineText, Perplexity
 from compression.text.documents import Purpose, describe_source, read_documents
 
 READ_AHEAD = 4

@@ -33,9 +33,10 @@ from compression.planner.known import remember
 from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import AnyStep, Compression, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
+from compression.recipe import AnyStep, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
 from compression.report import LedgerRow, Quality, Report, Verification, model_card
 from compression.reporting import report_of
+from compression.request import Compression
 from compression.slim import Slimming
 from compression.study import Study
 from compression.study_store import StudyStore

@@ -27,7 +27,8 @@ from compression.planner.search import Search
 from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes, memory_class
 from compression.planner.smallest import smallest_cut
 from compression.planner.warnings import solvers, warnings_of
-from compression.recipe import AnyStep, Compression, Recipe, Serving
+from compression.recipe import AnyStep, Recipe
+from compression.request import Compression, Serving
 
 
 class PlanPart(BaseModel):

@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from compression.altered import rounded_to, slimmed_experts, slimmed_linears
-from compression.architectures import Architecture, Component
+from compression.architectures import Architecture
 from compression.block import Blocks, Shell
 from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.collect import Collected, collect
 from compression.evaluation.divergence import divergences
 from compression.linears import find_linears
 from compression.memory import give_back
-from compression.moe import MoELayer, attention_module, moe_layer, without_layer
+from compression.moe import attention_module, moe_layer, without_layer
 from compression.observer import Observer
 from compression.planner.levers import Levers
 from compression.planner.prices import Count, Drop, DropPrice, Lever, PairPrice, Prices, SchemeOf, Setting
@@ -92,11 +92,10 @@ class Sensitivity:
         self._clean.push(index, block)
         self._probe.hidden = [output_BSD.cpu() for output_BSD in right]
 
-    def linears(self, saved: Iterable[str], block: nn.Module) -> dict[str, nn.Linear]:
+    def linears(self, saved: Mapping[str, Tensor], block: nn.Module) -> dict[str, nn.Linear]:
         """Return all linear layers of a block that some lever quantizes, by saved name."""
-        layer = moe_layer(self._architecture, block)
-        found = [self._linears(lever, saved, block, layer) for lever in self._levers.schemes]
-        return {name: linear for linears in found for name, linear in linears.items()}
+        parts = [part for parts in self._levers.components.values() for part in parts]
+        return find_linears(saved, block, self._architecture, parts)
 
     def prices(self, shell: Shell) -> Prices:
         """Return what everything costs, once the last block is behind; ``shell`` is that of the clean stream."""
@@ -126,7 +125,7 @@ class Sensitivity:
             yield from self._with_fewer_experts(index, saved, study)
         layer = moe_layer(self._architecture, block)
         for lever, schemes in self._levers.schemes.items():
-            linears = self._linears(lever, saved, block, layer)
+            linears = find_linears(saved, block, self._architecture, self._levers.components[lever])
             for scheme in schemes if linears or (lever == "experts" and layer is not None) else ():
                 for method in _METHODS:
                     treatment = rounded_to(scheme, self._levers.group_size, method)
@@ -136,12 +135,6 @@ class Sensitivity:
                     else:
                         with slimmed_linears(linears, treatment, collected, self._clean.stored):
                             yield [_Scheme(lever, scheme, method)], block
-
-    def _linears(self, lever: Lever, saved: Iterable[str], block: nn.Module, layer: MoELayer | None) -> dict[str, nn.Linear]:
-        parts: tuple[Component, ...] = self._levers.components[lever]
-        if layer is not None:  # what is neither expert nor router of a mixture, a dense scheme leaves alone
-            parts = tuple(part for part in parts if part != "dense")
-        return find_linears(saved, block, self._architecture, parts)
 
     def _with_fewer_experts(
         self, index: int, saved: Mapping[str, Tensor], study: Study

@@ -131,7 +131,7 @@ class _Work:
         self.saved, self.slimming, self.architecture, self.index = saved, slimming, architecture, index
         self.source = source
         self.layer = moe_layer(architecture, block)
-        slimmed: tuple[Component, ...] = tuple(component for component in COMPONENTS if self.treatment(component) is not None)
+        slimmed: list[Component] = [component for component in COMPONENTS if self.treatment(component) is not None]
         self.linears = find_linears(saved, block, architecture, slimmed)
         if self.layer is not None and architecture.fused_on_disk:
             self._own_fused_experts(self.layer)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from compression.altered import rounded_to, slim_experts_, slim_linears_
-from compression.architectures import Component
 from compression.block import Blocks, Shell
 from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.evaluation.divergence import divergences
@@ -81,5 +80,6 @@ def _round_(
             if layer is not None:
                 slim_experts_(layer, treatment, None, stream.stored)
         else:
-            parts: tuple[Component, ...] = tuple(part for part in levers.components[lever] if part != "dense" or layer is None)
-            slim_linears_(find_linears(saved, block, reader.architecture, parts), treatment, None, stream.stored)
+            slim_linears_(
+                find_linears(saved, block, reader.architecture, levers.components[lever]), treatment, None, stream.stored
+            )

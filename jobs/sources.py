@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from compression.checkpoint.headers import Checkpoint, CheckpointFiles, FolderFiles, read_checkpoint
 from compression.errors import DiskFull, DownloadFailed, ModelNotFound, NotAvailable, SourceNotAllowed, ValidationFailed
-from compression.recipe import Compression, Domain, InlineText
+from compression.request import Compression, Domain, InlineText
 from jobs.hub import HubFiles, download, is_wanted
 from jobs.settings import Settings
 

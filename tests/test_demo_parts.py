@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.plan import make_plan
-from compression.recipe import Compression
+from compression.request import Compression
 from examples.demo.client import Client
 from examples.demo.errors import DemoFailed
 from examples.demo.language import END, pack, perplexity, train_tokenizer, unigram_perplexity, windows

@@ -25,7 +25,7 @@ from bench.train_many_experts import (
 )
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.plan import make_plan
-from compression.recipe import Compression
+from compression.request import Compression
 from examples.demo.language import train_tokenizer
 
 TINY = Paced(

@@ -17,7 +17,7 @@ from typing import Any
 
 from compression.errors import Stopped
 from compression.progress import Event, event_to_dict
-from compression.recipe import Compression
+from compression.request import Compression
 from jobs.logs import configure_logs
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compression.errors import SlimtrimError
-from compression.recipe import Compression
+from compression.request import Compression
 from jobs.logs import configure_logs
 from jobs.settings import Settings, load_settings
 from jobs.sources import check_text_sources, fetch

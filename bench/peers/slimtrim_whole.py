@@ -37,7 +37,7 @@ def whole(request: dict[str, Any]) -> dict[str, Any]:
     from compression.calibration import load_calibration
     from compression.errors import Stopped
     from compression.pipeline import compress
-    from compression.recipe import Compression
+    from compression.request import Compression
 
     asked = Compression.model_validate(request["compression"])
     clock = Clock(time.perf_counter(), time.process_time())

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from compression.errors import NotAvailable
-from compression.recipe import STEPS, AnyStep, Compression, InlineText, Recipe, step_schema
+from compression.recipe import STEPS, AnyStep, Recipe, step_schema
+from compression.request import Compression, InlineText
 
 
 @dataclass(frozen=True)

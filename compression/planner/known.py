@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from compression.checkpoint.headers import Checkpoint
 from compression.planner.prices import Prices
-from compression.recipe import Compression
+from compression.request import Compression
 
 
 def remember(folder: Path, request: Compression, checkpoint: Checkpoint, prices: Prices) -> Path:

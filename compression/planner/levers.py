@@ -15,7 +15,8 @@ from compression.planner.inventory import Inventory
 from compression.planner.prices import Drop, Lever
 from compression.planner.resolve import group_size_for
 from compression.planner.trims import workable_counts
-from compression.recipe import Profile, Serving
+from compression.recipe import Profile
+from compression.request import Serving
 from compression.trimming.dense_layers import stock_layer_drop
 
 _SCHEMES = ("W8A16", "W4A16", "W3A16", "W2A16")

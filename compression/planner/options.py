@@ -10,17 +10,18 @@ together with other drops is not in their price, so none may push another option
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from compression.planner.inventory import Inventory
 from compression.planner.levers import levers_of
 from compression.planner.prices import Drop, Lever, Prices
 from compression.planner.sizes import Cut, block_cache, planned_tensors
 from compression.planner.weights import KEEP, Line, layerless, weights_of
-from compression.recipe import Profile, Serving
+from compression.recipe import Profile
+from compression.request import Serving
 
 Action = Literal["keep", "drop_block", "drop_layer"]
 _ACTIONS: Mapping[str, Action] = {"block": "drop_block", "layer": "drop_layer"}
@@ -102,6 +103,14 @@ class _Piece(NamedTuple):
     rounded: float
 
 
+class _Sized(Protocol):
+    @property
+    def bytes(self) -> int: ...
+
+
+_Choice = TypeVar("_Choice", bound=_Sized)
+
+
 class Options:
     """All options for a model, a way of serving it, a profile and prices."""
 
@@ -147,16 +156,16 @@ class Options:
         options = [_option(piece, block, "keep") for piece in whole]
         for drop in self.drops:
             if drop.block == block:
-                pieces = _unbeaten(self._dropped(drop, common))
+                pieces = unbeaten(self._dropped(drop, common), _cost)
                 options += [_option(piece, block, _ACTIONS[drop.kind]) for piece in pieces if not _beaten(piece, whole)]
         return sorted(options, key=lambda option: (option.bytes, option.cost))
 
     def _whole(self, block: int, common: Common) -> list[_Piece]:
         """Return the choices for a block that loses at most experts and bits."""
-        found = _unbeaten(self._experts(block, common))
+        found = unbeaten(self._experts(block, common), _cost)
         for lever in ("attention", "others"):
             more = list(self._slimmed(block, lever, common))
-            found = _unbeaten(_both(one, other) for one in found for other in more)
+            found = unbeaten([_both(one, other) for one in found for other in more], _cost)
         return found
 
     def _experts(self, block: int, common: Common) -> Iterator[_Piece]:
@@ -247,13 +256,17 @@ def _both(one: _Piece, other: _Piece) -> _Piece:
     )
 
 
-def _unbeaten(pieces: Iterable[_Piece]) -> list[_Piece]:
-    """Return the pieces that no other beats in both bytes and price, smallest first."""
-    found: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: (piece.bytes, piece.cost)):
-        if not found or piece.cost < found[-1].cost:
-            found.append(piece)
+def unbeaten(choices: Iterable[_Choice], price: Callable[[_Choice], float]) -> list[_Choice]:
+    """Return the choices that no other beats in both bytes and price, smallest first."""
+    found: list[_Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.bytes, price(choice))):
+        if not found or price(choice) < price(found[-1]):
+            found.append(choice)
     return found
+
+
+def _cost(piece: _Piece) -> float:
+    return piece.cost
 
 
 def _beaten(piece: _Piece, others: Iterable[_Piece]) -> bool:

@@ -43,9 +43,9 @@ from compression.recipe import (
     Prune,
     Quantize,
     Recipe,
-    Serving,
     parse_pattern,
 )
+from compression.request import Serving
 
 _GROUP_SIZES = (128, 64, 32)
 

@@ -12,12 +12,13 @@ from itertools import pairwise
 from math import exp, inf, log
 
 from compression.planner.inventory import Inventory
-from compression.planner.options import Common, Options, Selection
+from compression.planner.options import Common, Options, Selection, unbeaten
 from compression.planner.pairs import beyond_single, pair_charges
 from compression.planner.prices import Prices
 from compression.planner.program import Apart, Program, Solution
 from compression.planner.steps import steps_of
-from compression.recipe import AnyStep, Profile, Serving
+from compression.recipe import AnyStep, Profile
+from compression.request import Serving
 
 NEAR_SHARE, NEAR_NATS = 1.05, 0.02
 """Rivals of a plan cost at most so many times as much, or so much more."""
@@ -146,8 +147,4 @@ class Search:
 
 def _falling(plans: Iterable[Selection]) -> list[Selection]:
     """Return plans by size, without those that cost no less than a smaller one."""
-    found: list[Selection] = []
-    for plan in sorted(plans, key=lambda plan: (plan.bytes, plan.loss)):
-        if not found or plan.loss < found[-1].loss:
-            found.append(plan)
-    return found
+    return unbeaten(plans, lambda plan: plan.loss)

@@ -19,7 +19,8 @@ from typing import NamedTuple, cast
 from compression.architectures import COMPONENTS, Architecture, Component
 from compression.checkpoint.headers import DTYPE_BITS, TensorHeader
 from compression.planner.inventory import Block, Inventory, Part, config_count
-from compression.recipe import BITS, AnyStep, Pattern, Profile, Prune, Quantize, Serving, parse_pattern
+from compression.recipe import BITS, AnyStep, Pattern, Profile, Prune, Quantize, parse_pattern
+from compression.request import Serving
 
 QUANTIZABLE: tuple[Component, ...] = ("experts", "attention", "shared_experts", "dense")
 MOE_LAYER: tuple[Component, ...] = ("experts", "router", "shared_experts")

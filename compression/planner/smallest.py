@@ -15,7 +15,8 @@ from compression.architectures import Component
 from compression.planner.inventory import Inventory
 from compression.planner.sizes import FLOAT, QUANTIZABLE, Cut, artifact_sizes, matrices_to_prune
 from compression.planner.trims import workable_counts
-from compression.recipe import LONGEST_PATTERN, Pattern, Profile, Serving
+from compression.recipe import LONGEST_PATTERN, Pattern, Profile
+from compression.request import Serving
 
 _SMALLEST_SCHEMES: dict[Profile, tuple[str, ...]] = {"portable": ("W4A16", FLOAT), "custom": ("W2A16", FLOAT)}
 """The fewest bits, and floats for matrices so tiny that the packed shape outweighs what fewer bits save."""

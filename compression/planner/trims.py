@@ -13,7 +13,8 @@ from compression.architectures import Refusable
 from compression.errors import ImpossibleStep, NotLoadableInProfile
 from compression.planner.inventory import Inventory
 from compression.planner.sizes import Cut, expert_bytes
-from compression.recipe import AnyStep, BlockDrop, ExpertDrop, ExpertMerge, LayerDrop, Profile, Serving
+from compression.recipe import AnyStep, BlockDrop, ExpertDrop, ExpertMerge, LayerDrop, Profile
+from compression.request import Serving
 from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
 
 

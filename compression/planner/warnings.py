@@ -17,7 +17,6 @@ from compression.recipe import (
     Analyze,
     AnyStep,
     BlockDrop,
-    Compression,
     ExpertDrop,
     ExpertMerge,
     ExpertSkip,
@@ -26,6 +25,7 @@ from compression.recipe import (
     Quantize,
     Recipe,
 )
+from compression.request import Compression
 
 _THREE_BITS = 3.25
 """Bits of a weight at W3A16 with its share of a scale for 64 inputs."""

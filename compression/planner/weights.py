@@ -15,7 +15,8 @@ from compression.planner.inventory import Block, Inventory
 from compression.planner.levers import COMPONENTS_OF, Levers
 from compression.planner.prices import LEVERS, Lever
 from compression.planner.sizes import Cut, moe_layer_bytes, planned_tensors
-from compression.recipe import Profile, Serving
+from compression.recipe import Profile
+from compression.request import Serving
 from compression.trimming.dense_layers import zero_dense_width
 
 KEEP = "keep"

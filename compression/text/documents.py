@@ -30,7 +30,7 @@ from typing import BinaryIO, Literal, cast
 from urllib.parse import unquote
 
 from compression.errors import NotAvailable, RequestError, ValidationFailed
-from compression.recipe import InlineText
+from compression.request import InlineText
 from compression.text.records import text_of
 
 PIECE = 2**18

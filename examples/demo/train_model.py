@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,28 +166,40 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Mixtral
     """
     torch.manual_seed(settings.seed)
     config = MixtralConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.width,
         intermediate_size=settings.expert_width,
-        num_hidden_layers=settings.blocks,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.key_value_heads,
         num_local_experts=settings.experts,
-        num_experts_per_tok=settings.experts_used,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
         output_router_logits=True,
-        router_aux_loss_coef=settings.balance,
-        initializer_range=settings.spread,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **shape(settings, tokenizer),
     )
     model = MixtralForCausalLM(config)
-    for block in model.model.layers:
+    begin_passing_on_(model.model.layers)
+    return model
+
+
+def shape(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what a stock config is told whatever the family."""
+    return {
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.width,
+        "num_hidden_layers": settings.blocks,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.key_value_heads,
+        "num_experts_per_tok": settings.experts_used,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": settings.balance,
+        "initializer_range": settings.spread,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def begin_passing_on_(blocks: Iterable[Any]) -> None:
+    """Set to zero what writes into the residual stream."""
+    for block in blocks:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.experts.down_proj)
-    return model
 
 
 def stock_loss(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:

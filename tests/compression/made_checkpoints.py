@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint.headers import DTYPE_BITS, Checkpoint, TensorHeader
-from compression.recipe import Compression
+from compression.request import Compression
 
 Config = dict[str, Any]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]

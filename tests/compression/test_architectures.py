@@ -19,7 +19,7 @@ from compression.checkpoint.headers import Checkpoint, FolderFiles, read_checkpo
 from compression.errors import BrokenCheckpoint, NotAMoE, UnsupportedArchitecture
 from compression.planner.inventory import Inventory, take_inventory
 from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes
-from compression.recipe import Serving
+from compression.request import Serving
 from tests.compression.made_checkpoints import checkpoint, mixtral
 
 Factory = Callable[..., Path]

@@ -16,7 +16,7 @@ from compression.errors import TargetUnreachable
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.known import recall
-from compression.recipe import Calibration, Compression
+from compression.request import Calibration, Compression
 from tests.compression.test_pipeline import WORDS, tensor_bytes
 
 FAMILIES = ("mixtral", "deepseek_v3")

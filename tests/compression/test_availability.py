@@ -7,7 +7,8 @@ import pytest
 
 from compression.errors import NotAvailable
 from compression.planner.availability import STEP_FACTS, available_steps, check_request, missing_in
-from compression.recipe import STEPS, Compression
+from compression.recipe import STEPS
+from compression.request import Compression
 from tests.compression.made_checkpoints import request
 
 BUILT: list[dict[str, Any]] = [

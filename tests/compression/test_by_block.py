@@ -23,24 +23,14 @@ from compression.recipe import BITS, Quantize
 from compression.runtime.slimtrim_runtime import open_model, with_weights
 from compression.slimming.grid import dequantize
 from compression.trimming.surgery import cut_block
-from tests.compression.made_trims import IDS_NS, swept, trimmed, whole_cuts
+from tests.compression.made_trims import IDS_NS, logits, swept, trimmed, whole_cuts
 
 MATRIX = re.compile(r"(.*)\.weight(?:_packed)?")
 MIXTRAL = ARCHITECTURES["mixtral"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def code_that_travels_stays_here(tmp_path_factory):
-    """Keep the copies that transformers makes of an artifact's code out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS_NS, use_cache=False).logits
+pytestmark = pytest.mark.usefixtures("code_that_travels_stays_here")
 
 
 def without_block(source, block):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from compression.calibration import RUN, TokenSet, _shared_out, _shared_tokens, load_calibration, load_evaluation, refuse_overlap
 from compression.errors import BrokenCheckpoint, RemoteCodeRequired, ValidationFailed
-from compression.recipe import Calibration, Domain, InlineText, Perplexity
+from compression.request import Calibration, Domain, InlineText, Perplexity
 
 WORDS = ("ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "spruce", "thorn", "yew")
 FAR = 512

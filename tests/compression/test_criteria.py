@@ -17,7 +17,8 @@ from compression.calibration import load_calibration
 from compression.checkpoint.reader import Reader
 from compression.methods import Choice, choose_cuts
 from compression.observer import Observer
-from compression.recipe import Calibration, ExpertDrop
+from compression.recipe import ExpertDrop
+from compression.request import Calibration
 from compression.study import Study
 from compression.sweep import Stream, sweep
 from compression.trimming import Cuts, Routing, expert_drop, pairwise, reconstruction

@@ -22,7 +22,14 @@ from compression.trimming import Cuts
 from compression.trimming.dense_layers import dense_blocks, stock_layer_drop, zero_dense_width
 from compression.trimming.surgery import cut_config
 from compression.trimming.view import TrimmedReader
-from tests.compression.made_trims import IDS_NS, said_far_from_here, swept, trimmed, whole_cuts
+from tests.compression.made_trims import (
+    IDS_NS,
+    logits,
+    said_far_from_here,
+    swept,
+    trimmed,
+    whole_cuts,
+)
 
 ALL = tuple(range(8))
 # deepseek_v3 chooses among groups of experts, of which as many must stay in each; its first block and qwen3's second are dense.
@@ -41,17 +48,7 @@ SKIPPING = {name: Cuts(c.blocks, c.experts, skip={3: 0.8}) for name, c in UNEVEN
 KINDS = {"uneven": UNEVEN, "gone": GONE, "empty": EMPTY, "skipping": SKIPPING}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def code_that_travels_stays_here(tmp_path_factory):
-    """Keep the copies that transformers makes of an artifact's code out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS_NS, use_cache=False).logits
+pytestmark = pytest.mark.usefixtures("code_that_travels_stays_here")
 
 
 def remote(folder):

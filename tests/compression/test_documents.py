@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from compression.errors import NotAvailable, ValidationFailed
-from compression.recipe import InlineText
+from compression.request import InlineText
 from compression.text.documents import EVALUATION_MODULES, PIECE, Piece, describe_source, docstrings, read_documents
 
 DOCUMENTS = ("First.\nTwo lines.\r\n", "Second, with ünïcode — and a tab\t.", "Third")

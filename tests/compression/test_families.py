@@ -32,7 +32,8 @@ from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.inventory import take_inventory
 from compression.planner.sizes import Cut, artifact_sizes, kv_cache_bytes
-from compression.recipe import Compression, Quantize, Serving
+from compression.recipe import Quantize
+from compression.request import Compression, Serving
 from compression.sweep import Push, Stream, sweep
 from compression.trimming import Cuts
 from compression.trimming.surgery import cut_block, cut_config

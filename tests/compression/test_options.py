@@ -13,7 +13,8 @@ from compression.planner.prior import usual_prices
 from compression.planner.resolve import resolve
 from compression.planner.sizes import Cut, artifact_sizes, block_cache, kv_cache_bytes, moe_layer_bytes, planned_tensors
 from compression.planner.steps import steps_of
-from compression.recipe import Profile, Recipe, Serving
+from compression.recipe import Profile, Recipe
+from compression.request import Serving
 from compression.trimming.dense_layers import zero_dense_width
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 from tests.compression.made_prices import made_prices

@@ -18,7 +18,7 @@ from compression.errors import ConstraintViolated, NotLoadableInProfile, Stopped
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.progress import BlockDone, StageStarted
-from compression.recipe import Compression
+from compression.request import Compression
 from tests.tiny_models import MODEL_TYPES
 
 WORDS = "the expert the router chose was not the one that the other tokens had wanted so they went home "

@@ -16,7 +16,7 @@ from compression.errors import (
     TargetUnreachable,
 )
 from compression.plan import Plan, make_plan
-from compression.recipe import Compression
+from compression.request import Compression
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen, request
 
 FIELDS = {

@@ -10,7 +10,7 @@ from compression.planner.levers import levers_of
 from compression.planner.prices import LEVERS, Drop
 from compression.planner.prior import usual_prices
 from compression.planner.search import Search
-from compression.recipe import Serving
+from compression.request import Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 

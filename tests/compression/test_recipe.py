@@ -7,18 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from compression.recipe import (
-    STEPS,
-    AnyStep,
-    Bytes,
-    Compression,
-    Prune,
-    Quantize,
-    Recipe,
-    parse_bytes,
-    parse_pattern,
-    step_schema,
-)
+from compression.recipe import STEPS, AnyStep, Prune, Quantize, Recipe, parse_pattern, step_schema
+from compression.request import Bytes, Compression, parse_bytes
 
 BASE: dict[str, Any] = {"model": "owner/name", "recipe": {"steps": [{"step": "quantize"}]}}
 

@@ -21,8 +21,8 @@ from compression.recipe import (
     Quantize,
     Recipe,
     Recover,
-    Serving,
 )
+from compression.request import Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 

@@ -16,7 +16,8 @@ from compression.planner.prior import usual_prices
 from compression.planner.program import CLOSE, GAP
 from compression.planner.resolve import resolve
 from compression.planner.search import NEAR_NATS, NEAR_SHARE, Search
-from compression.recipe import BlockDrop, ExpertDrop, LayerDrop, Profile, Quantize, Recipe, Serving
+from compression.recipe import BlockDrop, ExpertDrop, LayerDrop, Profile, Quantize, Recipe
+from compression.request import Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 from tests.compression.made_prices import made_prices, pair
 

@@ -101,34 +101,36 @@ def test_rounding_all_attention_costs_what_the_stock_model_loses_by_it(measured)
     assert priced.rounded.whole == pytest.approx(divergence(measured.stock(), changed), rel=1e-4)
 
 
-def test_a_dropped_block_costs_what_the_stock_model_loses_without_it(measured):
-    for priced in measured.prices.drops:
-        if priced.drop.kind == "block":
-            changed = measured.stock()
-            remove_(changed, priced.drop.block)
-
-            assert priced.loss == pytest.approx(divergence(measured.stock(), changed), rel=1e-4)
-
-
 def remove_(model, block) -> None:
     del blocks(model)[block]
     if kinds := getattr(model.config, "layer_types", None):  # by which stock models choose each block's mask
         del kinds[block]
 
 
-def test_a_dropped_layer_costs_what_the_stock_model_loses_when_it_answers_nothing(measured):
-    for priced in measured.prices.drops:
-        if priced.drop.kind == "layer":
-            changed = measured.stock()
-            silence_(changed, priced.drop.block)
-
-            assert priced.loss == pytest.approx(divergence(measured.stock(), changed), rel=1e-4)
-
-
 @torch.no_grad()
 def silence_(model, block) -> None:
     layer = blocks(model)[block].mlp
     layer.forward = lambda x, *_: torch.zeros_like(x)
+
+
+def drop_(model, *drops) -> None:
+    for drop in drops:
+        if drop.kind == "layer":
+            silence_(model, drop.block)
+    for drop in sorted(drops, reverse=True, key=lambda drop: drop.block):
+        if drop.kind == "block":
+            remove_(model, drop.block)
+
+
+@pytest.mark.parametrize("kind", ["block", "layer"])
+def test_a_drop_costs_what_the_stock_model_loses_by_it(measured, kind):
+    priced = [price for price in measured.prices.drops if price.drop.kind == kind]
+
+    assert len(priced) == len(measured.inventory.droppable)
+    for price in priced:
+        changed = measured.stock()
+        drop_(changed, price.drop)
+        assert price.loss == pytest.approx(divergence(measured.stock(), changed), rel=1e-4)
 
 
 def test_a_pair_of_drops_costs_what_the_stock_model_loses_without_both(measured):
@@ -141,12 +143,7 @@ def test_a_pair_of_drops_costs_what_the_stock_model_loses_without_both(measured)
     assert [(price.first, price.second) for price in found] == pairs
     for pair, price in zip(pairs, found, strict=True):
         changed = measured.stock()
-        for drop in pair:
-            if drop.kind == "layer":
-                silence_(changed, drop.block)
-        for drop in reversed(pair):
-            if drop.kind == "block":
-                remove_(changed, drop.block)
+        drop_(changed, *pair)
         assert price.loss == pytest.approx(divergence(measured.stock(), changed), rel=1e-4)
 
 

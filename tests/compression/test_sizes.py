@@ -22,7 +22,8 @@ from compression.planner.sizes import (
     packed_pattern,
     planned_tensors,
 )
-from compression.recipe import BITS, Pattern, Prune, Quantize, Serving
+from compression.recipe import BITS, Pattern, Prune, Quantize
+from compression.request import Serving
 from tests.compression.made_checkpoints import Config, Tensors, checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 GIB = 2**30

@@ -9,7 +9,8 @@ from compression.planner.resolve import resolve
 from compression.planner.sizes import Cut, artifact_sizes
 from compression.planner.smallest import smallest_cut
 from compression.planner.trims import workable_counts
-from compression.recipe import BlockDrop, ExpertDrop, Pattern, Profile, Prune, Quantize, Recipe, Serving
+from compression.recipe import BlockDrop, ExpertDrop, Pattern, Profile, Prune, Quantize, Recipe
+from compression.request import Serving
 from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mixtral, qwen
 
 SCHEMES: dict[Profile, tuple[Any, ...]] = {

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from compression.errors import ImpossibleStep, UnsupportedArchitecture
 from compression.pipeline import compress
 from compression.progress import BlockDone, StageStarted
-from compression.recipe import Compression
 from compression.report import Report
+from compression.request import Compression
 
 DROP, GLOBAL = {"step": "expert_drop", "experts_kept": 4}, {"step": "expert_drop", "scope": "global", "experts_kept": 5}
 LAYER, BLOCK = {"step": "layer_drop", "layers_dropped": 1}, {"step": "block_drop", "blocks_dropped": 1}

@@ -32,7 +32,7 @@ from compression.errors import (
     SourceUnavailable,
     ValidationFailed,
 )
-from compression.recipe import Compression
+from compression.request import Compression
 from jobs.settings import Settings
 from jobs.sources import FolderSource, HubSource, check_text_sources, fetch, parse, read_checkpoint_of
 from tests.api.checkpoints import CONFIG, mixtral_shapes, tensor_bytes, write_mixtral, write_sharded

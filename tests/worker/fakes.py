@@ -17,7 +17,7 @@ from typing import Any
 
 from compression.errors import BrokenCheckpoint, DownloadFailed
 from compression.progress import Listener, Progress
-from compression.recipe import Compression, InlineText
+from compression.request import Compression, InlineText
 
 PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success"}
 

@@ -16,7 +16,7 @@ from compression.block import Shell
 from compression.calibration import load_calibration
 from compression.checkpoint.reader import Reader
 from compression.observer import Observer
-from compression.recipe import Calibration
+from compression.request import Calibration
 from compression.sweep import Stream, sweep
 from tests.compression.analysis.studies import a_router, a_study, counted, live, random_layer, sample_of, statistics
 
