@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.altered import rounded_to, slimmed_experts, slimmed_linears
-from compression.architectures import Architecture
+from compression.architectures import Architecture, Component
 from compression.block import Blocks, Shell
 from compression.checkpoint.reader import Reader, refuse_non_finite
 from compression.collect import Collected, collect
@@ -94,7 +94,7 @@ class Sensitivity:
 
     def linears(self, saved: Mapping[str, Tensor], block: nn.Module) -> dict[str, nn.Linear]:
         """Return all linear layers of a block that some lever quantizes, by saved name."""
-        parts = [part for parts in self._levers.components.values() for part in parts]
+        parts: list[Component] = [part for parts in self._levers.components.values() for part in parts]
         return find_linears(saved, block, self._architecture, parts)
 
     def prices(self, shell: Shell) -> Prices:

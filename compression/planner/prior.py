@@ -1,7 +1,8 @@
 """Prices as they usually are, for a plan before anything was measured: which levers come first, and about what they cost.
 
 All figures are divergences in nats per token, measured on one trained 21.5 M Mixtral of 8 blocks with 8 experts, by GPTQ in
-groups of 128. One small model is no law, so a plan from them is provisional. Blocks share errors evenly.
+groups of 128, with another implementation than this one. One small model is no law, so a plan from them is provisional. Blocks
+share errors evenly.
 """
 
 from __future__ import annotations

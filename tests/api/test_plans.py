@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 import compression.checkpoint.headers
+from compression.checkpoint.headers import FolderFiles, read_checkpoint
+from compression.planner.inventory import take_inventory
+from compression.planner.known import remember
+from compression.planner.levers import levers_of
+from compression.planner.prior import usual_prices
+from compression.request import Compression
 from tests.api.checkpoints import EXPERTS, HIDDEN, TOP_K, WIDTH, tensor_bytes, write_sharded
 from tests.api.conftest import Face
 
@@ -129,3 +135,36 @@ def test_the_smallest_possible_target_is_really_possible(face: Face):
     ]
 
     assert plan(face, recipe={"steps": steps}, target_memory=smallest)["bytes_after"] == smallest
+
+
+def study(face: Face, body: dict[str, Any]) -> None:
+    """Leave behind what a worker does when it has priced the model."""
+    checkpoint = read_checkpoint(FolderFiles(Path(body["model"].removeprefix("file://"))))
+    inventory = take_inventory(checkpoint)
+    prices = usual_prices(inventory, levers_of(inventory)).model_copy(update={"measured": True})
+    remember(face.service.settings.studies_folder, Compression.model_validate(body), checkpoint, prices)
+
+
+def test_recipe_auto_is_planned_from_usual_prices_until_a_study_has_measured_some(face: Face):
+    target = tensor_bytes() // 2
+    body = face.body(target_memory=target)
+    del body["recipe"]
+    usual = face.client.post("/v1/plans", json=body).json()
+
+    study(face, body)
+    known = face.client.post("/v1/plans", json=body).json()
+
+    assert (usual["provisional"], known["provisional"]) == (True, False)
+    assert max(usual["bytes_after"], known["bytes_after"]) <= target
+    assert len(known["frontier"]) >= 12
+    assert [point["bytes"] for point in known["frontier"]] == sorted(point["bytes"] for point in known["frontier"])
+
+
+def test_prices_of_another_text_are_not_taken_for_known(face: Face):
+    body = face.body(target_memory=tensor_bytes() // 2)
+    del body["recipe"]
+    study(face, body)
+
+    other = face.client.post("/v1/plans", json={**body, "calibration": {"samples": 7}}).json()
+
+    assert other["provisional"]

@@ -258,3 +258,25 @@ class Recorder:
 
     def should_stop(self):
         return isinstance(self.events[-1], BlockDone) and self.events[-1].stage == self._stop_in
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_blocks_told_apart_by_name_are_as_big_as_planned_and_open_again(tiny_model_factory, tmp_path, model_type):
+    folder = tiny_model_factory(model_type, dtype="bfloat16")
+    steps = [
+        {"step": "block_drop", "blocks": [2]},
+        {"step": "expert_drop", "experts_kept": 8, "experts_kept_in": {"1": 6}},
+        {**GPTQ, "attention": "W8A16", "by_block": {"1": {"experts": "W3A16"}, "3": {"experts": "keep", "attention": "keep"}}},
+    ]
+
+    report = compress(a_request(folder, steps, profile="custom"), folder, tmp_path / "out")
+
+    assert tensor_bytes(tmp_path / "out") == report.bytes_planned
+    assert report.verification.largest_logit_difference == 0.0
+    assert [row.action for row in report.blocks] == ["keep", "keep", "drop", "keep"]
+    assert len(report.blocks[1].experts_kept or ()) == 6
+    assert {
+        row.scheme
+        for row in report.ledger
+        if "layers.1." in row.tensor and "experts." in row.tensor and "shared" not in row.tensor
+    } == {"W3A16"}
