@@ -136,7 +136,7 @@ def refuse_open_choices(steps: Sequence[AnyStep], order: Sequence[int], cut: Cut
                 "the choice; name them in blocks",
                 pointer=pointer,
             )
-        differ = cut.kept_in or any("experts" in schemes for schemes in cut.schemes_in.values())
+        differ = any("experts" in schemes for schemes in cut.schemes_in.values())
         if isinstance(step, ExpertDrop) and step.scope == "global" and differ:
             raise ImpossibleStep(
                 "expert_drop with scope global leaves it open which experts go, but the recipe stores blocks differently; use "

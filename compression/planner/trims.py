@@ -47,6 +47,11 @@ def dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: Target
     only_custom(
         step, f"{pointer}/scope", target.profile, "with scope global layers keep different counts, and stock classes read one"
     )
+    if cut.kept_in:
+        raise ImpossibleStep(
+            "expert_drop with scope global would choose among layers that experts_kept_in has told apart; say there what each keeps",
+            pointer=f"{pointer}/scope",
+        )
     layers = _layers_left(inventory, cut)
     left = layers * cut.experts_kept - cut.experts_dropped
     if step.experts_kept is not None and step.experts_kept * layers > left:
