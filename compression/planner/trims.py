@@ -49,7 +49,7 @@ def dropped_globally(step: ExpertDrop, pointer: str, cut: Cut, *, target: Target
     )
     if cut.kept_in:
         raise ImpossibleStep(
-            "expert_drop with scope global would choose among layers that experts_kept_in has told apart; say there what each keeps",
+            "expert_drop with scope global would choose among layers that experts_kept_in told apart; say there what each keeps",
             pointer=f"{pointer}/scope",
         )
     layers = _layers_left(inventory, cut)

@@ -16,6 +16,7 @@ from compression.errors import TargetUnreachable
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.known import recall
+from compression.progress import BlockDone, Event, PlanSettled, StageStarted
 from compression.request import Calibration, Compression
 from tests.compression.test_pipeline import WORDS, tensor_bytes
 
@@ -102,6 +103,31 @@ def test_one_study_serves_every_target_and_answers_for_the_plan_before_the_job(m
     assert not plan.provisional
     assert plan.frontier == first.planning.frontier
     assert first.planning.trials[0].steps == plan.steps
+
+
+class Heard:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def test_progress_goes_forward_through_every_sweep_and_the_plan_is_told_once(model, tmp_path):
+    heard = Heard()
+
+    report = compress(a_request(model.folder, round(0.35 * model.bytes)), model.folder, tmp_path / "out", heard)
+
+    fractions = [event.fraction for event in heard.events if isinstance(event, StageStarted | BlockDone)]
+    assert fractions == sorted(fractions)
+    stages = [event.stage for event in heard.events if isinstance(event, StageStarted)]
+    assert stages == ["resolving", "studying", "planning", "compressing", "evaluating", "verifying"]
+    assert [event.plan["steps"] for event in heard.events if isinstance(event, PlanSettled)] == [list(report.steps)]
 
 
 def test_without_a_study_the_plan_is_provisional_and_keeps_the_target(model):

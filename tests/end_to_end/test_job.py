@@ -73,6 +73,25 @@ def test_a_posted_job_becomes_a_smaller_model_that_opens_and_generates(house, tm
     assert torch.isfinite(model(**prompt).logits).all()
 
 
+def test_a_job_that_names_only_a_target_follows_the_plan_it_settled_and_the_next_plan_is_known_before(house):
+    client, folder = house
+    request = body(folder, [], target_memory="1MB")
+    del request["recipe"]
+    provisional = client.post("/v1/plans", json=request).json()
+
+    job = finished(client, client.post("/v1/jobs", json=request).json()["id"])
+
+    assert job["status"] == "succeeded", job["status_reason"]
+    events = client.get(f"/v1/jobs/{job['id']}/events?limit=100").json()["data"]
+    planned = [event for event in events if event["type"] == "job.planned"]
+    assert [event["data"]["steps"] for event in planned] == [job["plan"]["steps"]]
+    assert job["result"]["bytes_after"] == job["plan"]["bytes_after"] <= 10**6
+    assert [trial["steps"] for trial in job["plan"]["trials"] if trial["chosen"]] == [job["plan"]["steps"]]
+    known = client.post("/v1/plans", json=request).json()
+    assert (provisional["provisional"], job["plan"]["provisional"], known["provisional"]) == (True, False, False)
+    assert known["frontier"] == job["plan"]["frontier"]
+
+
 def test_the_report_served_is_the_report_in_the_artifact(house):
     client, folder = house
     job = finished(client, client.post("/v1/jobs", json=body(folder, [{**GPTQ, "method": "rtn"}])).json()["id"])
