@@ -5,11 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -96,11 +94,3 @@ def said_far_from_here(artifact: Path, folder: Path, opening: str, saying: str) 
 def logits(model: Any) -> Tensor:
     """Return a model's logits for the ids that ``trimmed`` computed its own for."""
     return model(input_ids=IDS_NS, use_cache=False).logits
-
-
-@pytest.fixture(scope="module")
-def code_that_travels_stays_here(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
-    """Keep the copies that transformers makes of an artifact's code out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield

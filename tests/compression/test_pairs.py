@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from compression.planner.pairs import beyond_single, pair_charges
+from compression.planner.pairs import beyond_single, pair_charges, pairs_to_measure, unmeasured_pairs
 from compression.planner.prices import Drop, DropPrice, PairPrice, Prices
 
 LAYERS = [Drop("layer", block) for block in range(6)]
@@ -89,3 +89,22 @@ def test_no_unmeasured_pair_is_free():
     assert beyond_single(priced, charges, [a, c]) == pytest.approx(0.1)
     assert beyond_single(priced, charges, [a, b, c]) == pytest.approx(0.3)
     assert charges.single[c] == pytest.approx(0.2)  # with either of the two
+
+
+def test_pairs_worth_measuring_are_all_among_the_cheapest_of_each_kind_and_no_more_than_asked():
+    singles = {drop: 0.1 * (1 + drop.block) + (drop.kind == "block") for drop in (*LAYERS, *BLOCKS)}
+
+    pairs = pairs_to_measure(prices(singles, {}), 20)
+
+    # Of 3 blocks' drops of either kind, 15 pairs less the 3 within a block; 4 blocks' would be 24.
+    assert len(pairs) == 12
+    assert {drop.block for pair in pairs for drop in pair} == {0, 1, 2}
+    assert {drop.kind for pair in pairs for drop in pair} == {"block", "layer"}
+    assert all(first.block < second.block for first, second in pairs)
+
+
+def test_pairs_of_a_plan_that_were_not_measured_are_named_in_the_order_of_blocks():
+    a, b, c = LAYERS[:3]
+    known = prices(dict.fromkeys((a, b, c), 0.1), {(a, b): 0.3})
+
+    assert unmeasured_pairs(known, [c, b, a]) == [(a, c), (b, c)]

@@ -21,7 +21,7 @@ from tests.compression.made_checkpoints import checkpoint, deepseek, gpt_oss, mi
 
 FIELDS = {
     "feasible", "profile", "bytes_before", "bytes_after", "smallest_possible_bytes", "target_bytes", "memory_class", "steps",
-    "components", "memory", "blocks", "frontier", "provisional", "warnings",
+    "components", "memory", "blocks", "frontier", "provisional", "warnings", "predicted_loss", "trials",
 }  # fmt: skip
 COMPONENTS = {
     "experts", "attention", "router", "shared_experts", "dense", "embeddings", "other", "kv_cache", "overhead",
