@@ -11,7 +11,7 @@ Shapes: N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -39,10 +39,27 @@ class Trial:
     """By source block; a lever that is absent stays as it is."""
 
 
+Slim = Callable[[nn.Module, Mapping[str, Tensor], int, Trial], None]
+"""Gives a live block, cut as a plan says, the weights that the plan's schemes leave it; told what the cut left, and its index."""
+
+
 def try_plans(
     shell: Shell, reader: Reader, clean: Stream, plans: Sequence[Trial], levers: Levers, on_block: OnBlock
 ) -> list[Tensor]:
     """Return each plan's divergence from the original on the clean stream's tokens, in nats, sequence by sequence [N]."""
+
+    def rounded(block: nn.Module, cut: Mapping[str, Tensor], index: int, plan: Trial) -> None:
+        _round_(block, cut, plan.schemes.get(index, {}), levers, reader, clean)
+
+    streams = carried(shell, reader, clean, plans, rounded, on_block)
+    _, found = divergences(shell, clean, streams)
+    return [found[place] for place in range(len(plans))]
+
+
+def carried(
+    shell: Shell, reader: Reader, clean: Stream, plans: Sequence[Trial], slim: Slim, on_block: OnBlock
+) -> dict[int, Stream]:
+    """Take the clean stream through the model; return a stream for each plan, by place, that went through that plan's blocks."""
     architecture, blocks = reader.architecture, len(shell.blocks)
     trimmed = [Blocks(cut_config(reader.config, architecture, plan.cuts), clean.device) for plan in plans]
     streams = {place: clean.fork() for place in range(len(plans))}
@@ -56,7 +73,7 @@ def try_plans(
             cut = cut_block(saved, architecture, plan.cuts, after)
             with trimmed[place].live(after, cut) as block:
                 clean.convert_(block)
-                _round_(block, cut, plan.schemes.get(index, {}), levers, reader, clean)
+                slim(block, cut, index, plan)
                 streams[place].push(index, block)
             del block, cut
         with shell.live(index, saved) as block:
@@ -64,8 +81,7 @@ def try_plans(
         del block, saved
         give_back()
         on_block(index + 1, blocks, f"block {index + 1} of {blocks}: {len(plans)} plans are being tried")
-    _, found = divergences(shell, clean, streams)
-    return [found[place] for place in range(len(plans))]
+    return streams
 
 
 def _round_(
