@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from api.middleware import Manners
 from api.routes import artifacts, catalog, health, jobs, plans
 from api.service import open_service
 from api.submission import code_version
+from compression.planner.milp import import_solver
 from jobs.database import Announce
 from jobs.settings import Settings
 
@@ -26,6 +28,7 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        threading.Thread(target=import_solver, name="import-solver", daemon=True).start()
         yield
         service.close()
 

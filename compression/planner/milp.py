@@ -31,6 +31,12 @@ class Minimum(NamedTuple):
     """What no solution goes below."""
 
 
+def import_solver() -> None:
+    """Import the solver, which the first plan of a process would otherwise wait for."""
+    for name in ("numpy", "scipy.optimize", "scipy.sparse"):
+        import_module(name)
+
+
 def minimise(costs: Sequence[float], rows: Iterable[Row], *, whole: Sequence[bool], gap: float, seconds: float) -> Minimum | None:
     """Return the least solution found; None where there is none, or none was found in time.
 

@@ -44,7 +44,7 @@ class Search:
     def rivals(self, target: int, most: int = 6) -> list[Selection]:
         """Return the best plan and, cheapest first, those that are about as good and differ from each other in kind.
 
-        They drop other blocks, or an eighth of the blocks that stay keeps other counts or schemes of experts.
+        They drop other blocks, or a quarter of the blocks that stay keep other counts or schemes of experts.
         """
         if self._options.untouched.bytes <= target:
             return [self._options.untouched]
@@ -56,7 +56,7 @@ class Search:
             if not found:
                 limit = max(NEAR_SHARE * solution.price, solution.price + NEAR_NATS)
             kept = sum(option.experts_kept is not None for option in solution.options)
-            taken.append(Apart(solution.options, max(1, kept // 8)))
+            taken.append(Apart(solution.options, max(1, kept // 4)))
             found.append(self._selection(common, solution))
         return found
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import inf
 from typing import Any
 
@@ -209,14 +209,16 @@ def test_rivals_are_near_the_best_and_differ_in_kind(model: str, profile: Profil
         assert rivals[0].loss == pytest.approx(best.loss, rel=CLOSE)
         assert all(plan.bytes <= target for plan in rivals)
         assert len(rivals) <= 6
-        assert len({_kind(plan) for plan in rivals}) == len(rivals)
+        for one, other in combinations(rivals, 2):
+            kept = sum(option.experts_kept is not None for option in one.options)
+            assert one.drops != other.drops or _apart(one, other) >= max(1, kept // 4)
         if not best.drops:
             limit = max(NEAR_SHARE * best.loss, best.loss + NEAR_NATS)
             assert all(plan.loss <= limit * (1 + CLOSE) for plan in rivals)
 
 
-def _kind(plan: Selection) -> object:
-    return plan.drops, tuple(option.kind for option in plan.options)
+def _apart(one: Selection, other: Selection) -> int:
+    return sum(a.kind != b.kind for a, b in zip(one.options, other.options, strict=True))
 
 
 def test_rivals_of_a_portable_plan_are_every_count_and_scheme_near_it():
