@@ -208,7 +208,7 @@ class _Solved:
                         layer.stack(name, range(layer.count)).copy_(stack_EOI[list(plan.cuts.experts[index])])
                 continue
             for name, linear in find_linears(cut, block, self._reader.architecture, self._levers.components[lever]).items():
-                linear.weight.data = self._linears[lever, scheme][name]
+                linear.weight.data = self._linears[lever, scheme][self._reader.architecture.place_of(name + ".weight")]
 
     def _solve(self, index: int) -> None:
         self._at, architecture, stored = index, self._reader.architecture, self._calibration.stored
@@ -227,7 +227,9 @@ class _Solved:
                     treatment = rounded_to(scheme, self._levers.group_size, "gptq")
                     if lever != "experts":
                         with slimmed_linears(of_lever, treatment, collected, stored):
-                            self._linears[lever, scheme] = {name: linear.weight.data for name, linear in of_lever.items()}
+                            self._linears[lever, scheme] = {
+                                architecture.place_of(name + ".weight"): linear.weight.data for name, linear in of_lever.items()
+                            }
                     elif layer is not None:
                         everyone = range(layer.count)
                         with slimmed_experts(layer, treatment, collected.routed, stored):

@@ -13,7 +13,7 @@ from bench._planned import Planned
 from bench.auto_against_levers import LEVERS, tuned
 from bench.predicted_loss import drawn, noised, predicted
 from compression.auto import pricing_text
-from compression.recipe import ExpertDrop, Quantize
+from compression.recipe import BlockDrop, ExpertDrop, Quantize
 from compression.tryout import Trial
 
 WORDS = ("one", "small", "model", "forgets", "what", "many", "experts", "knew", "while", "the", "router", "sends", "them")
@@ -68,6 +68,16 @@ def test_fewer_experts_cost_what_the_study_found_on_the_same_text_and_go_with_th
     count = next(c for c in model.prices.counts if (c.criterion, c.experts_kept) == (drop.criterion, 4))
     assert dropped.divergence == pytest.approx(count.price.whole, rel=1e-4)
     assert both.divergence == pytest.approx(dropped.divergence, rel=0.05)  # 8 bits change next to nothing
+
+
+def test_solved_weights_find_their_block_when_one_before_it_is_gone(model):
+    gone = BlockDrop.model_validate({"blocks": [min(model.inventory.droppable)]})
+    gentle = Quantize.model_validate({"scheme": "W8A16", "attention": "W8A16", "group_size": model.levers.group_size})
+    trials = [model.written_out(steps, "custom").trial for steps in ([gone], [gone, gentle])]
+
+    _, (dropped, both) = model.costs(trials)
+
+    assert both.divergence == pytest.approx(dropped.divergence, rel=0.05)
 
 
 @pytest.mark.parametrize("profile", ["portable", "custom"])
