@@ -4,8 +4,8 @@
 
 Tiny models of all families, both profiles. For every family ``--every`` targets, drawn between the smallest plan and the
 untouched model on a logarithmic scale, each with other made-up prices, every second time with trims for a hundredth, so that all
-levers get used. For one family ``--targets`` targets, drawn
-evenly as well, with one set of prices. Every distinct plan is compressed, and the tensors of the files are counted.
+levers get used. For one family ``--targets`` targets, drawn evenly, with one set of prices. Every distinct plan is compressed,
+and the tensors of the files are counted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How well predicted losses rank plans, and what following them costs beside the best of many plans, on a trained model.
 
-    python -m bench.predicted_loss MODEL TEXT [--studies FOLDER] [--out NAME]
+    python -m bench.predicted_loss MODEL TEXT [--studies FOLDER] [--out NAME] [--profiles custom]
 
 Sixty random plans, ten in each of six bands of bytes, half of them alike in all blocks, half drawn block by block, with up to
 four blocks or MoE layers dropped: rank correlation of predicted and measured divergence, in all, within bands, and among plans
@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from scipy.stats import spearmanr
 
@@ -36,7 +36,7 @@ from compression.recipe import Profile
 BANDS = (0.2, 0.28, 0.36, 0.45, 0.57, 0.7)
 WIDTH, IN_BAND = 0.02, 10
 SHARES = (0.9, 0.55, 0.35, 0.27, 0.23, 0.2)
-PROFILES: tuple[Profile, ...] = ("portable", "custom")
+PROFILES: tuple[Profile, ...] = get_args(Profile)
 PLANS = 200
 SPREADS = (0.3, 0.6, 1.0)
 _MOST_DROPS = 4
@@ -57,11 +57,11 @@ class Candidate:
 
 def main() -> None:
     """Measure, print the tables, write the results."""
-    given = arguments(__doc__, add_settings)
+    given = arguments(__doc__, _settings)
     if given is None:
         return
     model, draw = Planned(given), random.Random(0)
-    candidates = [*found_by_search(model, draw), *drawn(model, draw)]
+    candidates = [*found_by_search(model, given.profiles, draw), *drawn(model, draw)]
     print(f"study: {model.seconds:.0f} s; {len(candidates)} plans", flush=True)
     original, costs = model.costs([candidate.chosen.trial for candidate in candidates])
     plans = [_row(candidate, cost, model) for candidate, cost in zip(candidates, costs, strict=True)]
@@ -69,6 +69,11 @@ def main() -> None:
     given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     report(plans, costs)
     plot(result, given)
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
 
 
 def _row(candidate: Candidate, cost: Cost, model: Planned) -> dict[str, Any]:
@@ -154,9 +159,9 @@ def predicted(prices: Prices, selection: Selection) -> float:
 # ---- plans where the choice is hard
 
 
-def found_by_search(model: Planned, draw: random.Random) -> Iterator[Candidate]:
+def found_by_search(model: Planned, profiles: Sequence[Profile], draw: random.Random) -> Iterator[Candidate]:
     """Yield what auto settles on for each target, its rivals, and what is best by prices that noise has changed."""
-    for profile in PROFILES:
+    for profile in profiles:
         autos = [Candidate(profile, share, True, 0.0, model.auto(round(share * model.bytes), profile)) for share in SHARES]
         search, seen = model.search(profile), {_key(auto.chosen) for auto in autos}
         for auto in autos:
@@ -217,7 +222,7 @@ def report(plans: Sequence[dict[str, Any]], costs: Sequence[Cost]) -> None:
         print(_correlation(f"{band:.0%} +- {WIDTH:.0%} of the bytes", [plan for plan in random_ones if plan["target"] == band]))
     print(_correlation("two drops or more", [plan for plan in random_ones if plan["drops"] >= 2]))
     print(_correlation("below 1 nat", [plan for plan in random_ones if plan["divergence"] < 1]))
-    for profile in PROFILES:
+    for profile in dict.fromkeys(plan["group"] for plan in plans if plan["auto"]):
         searched = [plan for plan in plans if plan["group"] == profile]
         print(_correlation(f"{profile}: found by search, all", searched))
         print(f"\n| {profile} | bytes | predicted | measured | best of those that fit | regret | in next-token loss |")
