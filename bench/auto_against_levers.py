@@ -148,7 +148,7 @@ def report(result: dict[str, Any]) -> None:
     for profile in PROFILES:
         plans = [plan for plan in result["plans"] if plan["profile"] == profile]
         table = {(plan["name"], plan["share"]): plan["perplexity"] for plan in plans}
-        print(f"\n| {profile} | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |\n|---" * (len(SHARES) + 1) + "|")
+        print(f"\n| {profile} | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |\n" + "|---" * (len(SHARES) + 1) + "|")
         for name in dict.fromkeys(plan["name"] for plan in plans):
             cells = [table.get((name, share)) for share in SHARES]
             print(f"| {name} | " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")

@@ -180,6 +180,7 @@ FAMILIES: tuple[Architecture, ...] = (
         moe="mlp",
         router="router.gate",
         running_router="mlp.router",
+        router_in_batches=True,
         beside_router=("mlp.expert_bias",),
         shared_experts=("shared_experts",),
         dense_prefix_key="num_dense_layers",

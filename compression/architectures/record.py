@@ -54,6 +54,8 @@ class Architecture:
     running_experts: str = "mlp.experts"
     """Path of the experts module inside a live block; called with tokens, chosen experts, routing weights."""
     running_router: str = "mlp.gate"
+    router_in_batches: bool = False
+    """Whether the running router takes tokens as [batch, sequence, width] alone, and not as rows."""
     layer_returns: int = 1
     """How many values a live MoE layer returns; the first is what it adds to the residual stream."""
     fused_on_disk: bool = False

@@ -24,7 +24,7 @@ class Routers:
         self._architecture = find_architecture(config)
 
     def __call__(self, experts: int) -> nn.Module:
-        """Return the router as the stock class builds it for so many experts."""
+        """Return the router as the stock class builds it for so many experts; it takes rows of tokens, whatever the class does."""
         model = self._model
         tower: Any = language_model(self._architecture, model)
         blocks: Any = tower.get_decoder().layers
@@ -33,7 +33,10 @@ class Routers:
         block = with_experts(experts, model, blocks[index], index, settings, family_facts(self._architecture))
         router = _router(block, self._architecture.running_router)
         assert router is not None
-        return deepcopy(router).to_empty(device="cpu").float().eval()
+        router = deepcopy(router).to_empty(device="cpu").float().eval()
+        if self._architecture.router_in_batches:
+            router.register_forward_pre_hook(lambda _, args: (args[0][None], *args[1:]))
+        return router
 
     @cached_property
     def _model(self) -> Any:
