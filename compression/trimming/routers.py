@@ -24,7 +24,7 @@ class Routers:
         self._architecture = find_architecture(config)
 
     def __call__(self, experts: int) -> nn.Module:
-        """Return the router as the stock class builds it for so many experts; it takes rows of tokens, whatever the class does."""
+        """Return the router as the stock class builds it for so many experts; it takes tokens as rows, whatever the class."""
         model = self._model
         tower: Any = language_model(self._architecture, model)
         blocks: Any = tower.get_decoder().layers
