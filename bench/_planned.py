@@ -97,6 +97,8 @@ class Planned:
         reader = open_source(self.folder)
         self.inventory = take_inventory(reader.checkpoint)
         self.bytes = self.inventory.bytes
+        blocks = len(self.inventory.blocks)
+        self.name = f"{self.inventory.config['model_type']}, {blocks} blocks of {self.inventory.experts} experts"
         anything = self.request(target=self.bytes // 2, profile="custom")
         self._run = Run(anything, reader, Path(), Silent(), 8 * 2**30, studies=self._studies)
         self._study()

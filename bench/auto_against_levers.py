@@ -6,7 +6,7 @@ At six targets between 20 and 90 % of the original, in both profiles: "auto" as 
 and recipes that everyone knows, each with as little dropped as the target allows. "4 bits, MoE layers" and "4 bits, blocks" are
 the founding paper's. Attention takes as many bits as experts, but never fewer than four. What fits is evaluated on held-out text
 (``bench/_planned.py`` says how); ``--artifacts`` also writes the artifacts of "auto" and measures those. NAME.json receives
-everything, NAME.svg the plot, and the tables are printed.
+everything, NAME.svg the plot (``pip install -r bench/requirements.txt``), and the tables are printed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     original, costs = model.costs([chosen.trial for *_, chosen in rows])
     found = [_result(*row, cost) for row, cost in zip(rows, costs, strict=True)]
     result = {
-        "model": model.folder.name,
+        "model": model.name,
         "bytes": model.bytes,
         "tokens": int(original.losses.numel() * 255),
         "perplexity": original.perplexity,

@@ -8,7 +8,7 @@ with two or more drops; beside it bytes alone as the predictor. Then, in each pr
 "auto" settles on beside all other plans that fit: its rivals, and plans that are best by prices multiplied with noise, so that
 they lie where the choice is hard; 200 plans for a profile, the random ones not counted. Regret is exp(d) - 1 with d how much more
 divergence it has than the best. What is measured is measured on held-out text (``bench/_planned.py`` says how).
-NAME.json receives every plan, NAME.svg the plot.
+NAME.json receives every plan, NAME.svg the plot (``pip install -r bench/requirements.txt``).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"study: {model.seconds:.0f} s; {len(candidates)} plans", flush=True)
     original, costs = model.costs([candidate.chosen.trial for candidate in candidates])
     plans = [_row(candidate, cost, model) for candidate, cost in zip(candidates, costs, strict=True)]
-    result = {"model": model.folder.name, "bytes": model.bytes, "perplexity": original.perplexity, "plans": plans}
+    result = {"model": model.name, "bytes": model.bytes, "perplexity": original.perplexity, "plans": plans}
     given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     report(plans, costs)
     plot(result, given)
