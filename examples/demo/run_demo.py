@@ -26,12 +26,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from examples.demo.client import Client
 from examples.demo.errors import DemoFailed
 from examples.demo.service import Service
-from examples.demo.tables import choice_table, frontier_table, plan_table, report_table, seconds_table
+from examples.demo.tables import plan_table, report_table, seconds_table
 
 SHARE = 4
 """The target is one part in so many of the model's bytes."""
-_ANY = "1TB"
-"""A target that changes nothing: what a model takes by itself."""
+STEPS: list[dict[str, Any]] = [
+    {"step": "expert_drop", "criterion": "reap", "experts_kept": 7},
+    {"step": "block_drop", "blocks_dropped": 1},
+    {"step": "quantize", "method": "gptq", "scheme": "W4A16", "group_size": 64, "attention": "W4A16"},
+]
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +57,7 @@ def request_for(folder: Path) -> dict[str, Any]:
     here = folder.resolve()
     return {
         "model": (here / "model").as_uri(),
-        "recipe": "auto",
+        "recipe": {"steps": STEPS},
         "calibration": {"source": (here / "calibration.jsonl").as_uri(), "samples": 256, "sequence_length": 128, "seed": 0},
         "evaluation": {"perplexity": {"source": (here / "heldout.jsonl").as_uri(), "samples": 128}},
         "labels": {"from": "demo"},
@@ -85,13 +88,11 @@ class Demo:
     def _compress(self, client: Client) -> None:
         with self._part("3. A job", "job"):
             request = request_for(self.folder)
-            request["target_memory"] = client.plan(request | {"target_memory": _ANY})["bytes_before"] // SHARE
+            request["target_memory"] = client.plan(request)["bytes_before"] // SHARE
             self.console.print(plan_table(client.plan(request)))
             job = self._follow(client, client.create(request)["id"])
         with self._part("4. The report, and the artifact", "report and download"):
             report = client.report(job["id"])
-            self.console.print(choice_table(report["planning"]))
-            self.console.print(frontier_table(report["planning"], report["bytes_before"]))
             self.console.print(report_table(report))
             for line in report["lost"]:
                 self.console.print(f"- {line}", highlight=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import log10
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -18,28 +17,6 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     table.add_row("smallest possible", _number(plan["smallest_possible_bytes"]))
     table.add_row("needed by an engine that computes on packed weights", _number(plan["memory"]["packed_engine"]))
     table.add_row("needed by stock transformers, which unpacks experts to bf16", _number(plan["memory"]["transformers"]))
-    return table
-
-
-def choice_table(planning: Mapping[str, Any]) -> Table:
-    """Return the plans that were tried before one was followed."""
-    table = Table("plan", "bytes", "predicted loss", "tried", "", title="Plans that fit, and were tried", title_justify="left")
-    for trial in planning["trials"]:
-        measured = f"{trial['measured_loss']:.4f} +- {trial['standard_error']:.4f}"
-        followed = "[bold]followed" if trial["chosen"] else ""
-        table.add_row(_steps(trial["steps"]), _number(trial["bytes"]), f"{trial['predicted_loss']:.4f}", measured, followed)
-    table.caption = "losses: divergence from the original in nats per token, on calibration text beyond the samples"
-    return table
-
-
-def frontier_table(planning: Mapping[str, Any], before: int) -> Table:
-    """Return what other targets would cost, with a bar for each."""
-    table = Table("bytes", "share", "predicted loss", "", title="The frontier", title_justify="left")
-    for point in planning["frontier"]:
-        loss = point["predicted_loss"]
-        bar = "#" * max(0, round(8 * (3 + log10(loss)))) if loss > 0 else ""
-        table.add_row(_number(point["bytes"]), f"{point['bytes'] / before:.0%}", f"{loss:.4f}", bar)
-    table.caption = "bars are logarithmic: eight characters for ten times the loss, from 0.001 up"
     return table
 
 
@@ -73,20 +50,6 @@ def seconds_table(seconds: Mapping[str, float]) -> Table:
     table.add_section()
     table.add_row("together", f"{sum(seconds.values()):.1f}")
     return table
-
-
-def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Return steps in a few words: what goes, and how many bits stay."""
-    said: list[str] = []
-    for step in steps:
-        match step["step"]:
-            case "block_drop" | "layer_drop":
-                said.append(f"{step['step']} {', '.join(map(str, step['blocks']))}")
-            case "expert_drop":
-                said.append(f"{step['experts_kept']} experts by {step['criterion']}")
-            case _:
-                said.append(f"{step['scheme']}, attention {step['attention']}")
-    return "; ".join(said)
 
 
 def _number(value: int | None) -> str:
