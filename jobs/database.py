@@ -1,16 +1,18 @@
 """The engine, and the one way to write: ``unit_of_work`` commits once, then announces.
 
-SQLite specifics live here alone: WAL, so that readers and the writer do not wait for each other; writers that take the
-lock when they begin (``BEGIN IMMEDIATE``), because a reader that turns writer midway is refused at once whatever the
-timeout; ``synchronous=FULL``, because a 201 promises that the job survives a power cut.
+SQLite or PostgreSQL; what differs lives here and in ``clock.py``. SQLite is kept in WAL, so that readers and the writer
+do not wait for each other; its writers take the lock when they begin (``BEGIN IMMEDIATE``), because a reader that turns
+writer midway is refused at once whatever the timeout; ``synchronous=FULL``, because a 201 promises that the job
+survives a power cut.
 """
 
 from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from jobs.attempts import AttemptRepository
@@ -29,7 +31,10 @@ from jobs.upkeep import UpkeepRepository
 
 BUSY_TIMEOUT_MS = 10_000
 """Milliseconds a writer waits for another writer."""
+_IDLE_MS = 60_000
 _WRITES = "slimtrim_writes"
+_MIGRATION_LOCK = 0x736C696D
+"""Of PostgreSQL's advisory locks; any number that nothing else in the database uses."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 OpenSession = Callable[[], Session]
@@ -46,14 +51,19 @@ class UnitOfWork:
     outbox: list[str] = field(default_factory=list[str])
 
 
-def make_engine(settings: Settings) -> Engine:
-    """Return an engine on the settings' database."""
+def make_engine(settings: Settings, *, foreign_keys: bool = True) -> Engine:
+    """Return an engine on the settings' database; ``foreign_keys``: whether SQLite looks after them."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    engine = create_engine(settings.resolved_database_url, pool_size=8, max_overflow=56)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
+    url = settings.resolved_database_url
+    if url.startswith("sqlite:"):
+        engine = create_engine(url, pool_size=8, max_overflow=56)
+        event.listen(engine, "connect", partial(_prepare_sqlite, foreign_keys=foreign_keys))
         event.listen(engine, "begin", _begin_sqlite)
-    return engine
+        return engine
+    # A connection that the server dropped is noticed before it is used; a transaction that hangs holds its locks a minute.
+    options = f"-c idle_in_transaction_session_timeout={_IDLE_MS} -c lock_timeout={BUSY_TIMEOUT_MS} -c timezone=UTC"
+    arguments = {"connect_timeout": 5, "options": options, "application_name": "slimtrim"}
+    return create_engine(url, pool_size=8, max_overflow=24, pool_timeout=10, pool_pre_ping=True, connect_args=arguments)
 
 
 def session_maker(engine: Engine) -> sessionmaker[Session]:
@@ -89,13 +99,25 @@ def reading(open_session: OpenSession) -> Generator[UnitOfWork]:
 
 def migrate(settings: Settings) -> None:
     """Bring the schema to the present revision. Several processes may ask at once; one does it."""
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    engine = make_engine(settings)
-    with (settings.data_dir / "migrate.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with engine.execution_options(**{_WRITES: True}).begin() as connection:
-            command.upgrade(alembic_config(connection), "head")
-    engine.dispose()
+    with migrating(settings) as connection:
+        command.upgrade(alembic_config(connection), "head")
+
+
+@contextmanager
+def migrating(settings: Settings) -> Generator[Connection]:
+    """Give a connection on which the schema may be changed, by nobody else at the same time, all of it or nothing."""
+    # SQLite changes a table by copying it, and would take the old one's end for that of the rows that refer to it.
+    engine = make_engine(settings, foreign_keys=False)
+    with ExitStack() as stack:
+        stack.callback(engine.dispose)
+        if engine.dialect.name == "sqlite":
+            lock = stack.enter_context((settings.data_dir / "migrate.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        connection = stack.enter_context(engine.execution_options(**{_WRITES: True}).begin())
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        yield connection
 
 
 def schema_is_current(connection: Connection) -> bool:
@@ -123,10 +145,15 @@ def _work_on(session: Session) -> UnitOfWork:
     return UnitOfWork(JobRepository(session), AttemptRepository(session), UpkeepRepository(session))
 
 
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
+def _prepare_sqlite(connection: Any, _record: Any, *, foreign_keys: bool) -> None:
     connection.isolation_level = None  # The driver begins nothing by itself; _begin_sqlite does.
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (
+        f"busy_timeout={BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        f"foreign_keys={int(foreign_keys)}",
+    ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

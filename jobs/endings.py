@@ -41,8 +41,10 @@ class Hold:
 
 def retry_or_fail(session: Session, hold: Hold, cause: Cause, *where: ColumnElement[bool], backoff_s: float = 0.0) -> Job | None:
     """Queue the job again if the cause may pass and attempts are left; else fail it. None: the hold was no longer valid."""
-    if cause.retryable and hold.attempt < hold.max_attempts:
-        return _queue_again(session, hold, cause, *where, backoff_s=backoff_s)
+    if cause.retryable:
+        queued = _queue_again(session, hold, cause, Job.fruitless + 1 < Job.max_attempts, *where, backoff_s=backoff_s)
+        if queued is not None:
+            return queued
     reason = _exhausted(hold, cause) if cause.retryable else cause
     return move(
         session,
@@ -82,6 +84,7 @@ def _queue_again(session: Session, hold: Hold, cause: Cause, *where: ColumnEleme
         event="job.attempt_failed",
         data={"attempt": hold.attempt, **cause.as_reason()},
         attempt=Job.attempt + 1,
+        fruitless=Job.fruitless + 1,
         **(let_go() | waiting),
     )
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-SCOPES = ("jobs:read", "jobs:write", "jobs:delete", "artifacts:read", "reports:read")
+SCOPES = ("jobs:read", "jobs:write", "jobs:delete", "artifacts:read", "reports:read", "metrics:read")
 PREFIX = "slim_"
 _ENTRY = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<scopes>all|[a-z:+]+):(?P<digest>[0-9a-f]{64})")
 

@@ -1,7 +1,7 @@
 """The environment, read once into one frozen object. Every variable has the prefix ``SLIMTRIM_``.
 
-``.env.example`` lists them all with these defaults. An empty variable counts as not set. What a setting names but
-this version cannot do (PostgreSQL, Redis, S3) is refused at start-up by name, never ignored.
+``.env.example`` lists them all with these defaults. An empty variable counts as not set. An address of a kind that
+is not known is refused at start-up by name, never ignored.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from compression.errors import NotAvailable
+from compression.planner.sizes import MEMORY_CLASSES
 from jobs.errors import SettingsRefused
 from jobs.keys import ApiKey
 
 PREFIX = "SLIMTRIM_"
-_LATER = {"postgresql": "PostgreSQL", "postgres": "PostgreSQL", "redis": "Redis", "rediss": "Redis", "s3": "S3"}
+_SCHEMES = {
+    "database_url": ("sqlite:///", "postgresql://", "postgresql+psycopg://"),
+    "broker_url": ("filesystem://", "redis://", "rediss://"),
+    "storage_url": ("file:///", "s3://"),
+}
+"""What an address may begin with; the first is the embedded default's."""
 
 
 def _split_folders(value: Any) -> Any:
@@ -28,6 +33,16 @@ def _split_folders(value: Any) -> Any:
 
 def _split_keys(value: Any) -> Any:
     return tuple(ApiKey.parse(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _split_list(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _known_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := sorted(set(classes) - set(MEMORY_CLASSES)):
+        raise ValueError(f"there is no memory class {', '.join(unknown)}; known are {', '.join(MEMORY_CLASSES)}")
+    return classes
 
 
 def _without_brackets(host: str) -> str:
@@ -50,16 +65,51 @@ class Settings(BaseSettings):
     model_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)] = Field(
         (), description="Folders that file:// models and texts may be read from, colon-separated."
     )
-    database_url: str | None = Field(None, description="Where rows live. Default: SQLite, db.sqlite3 in SLIMTRIM_DATA_DIR.")
-    broker_url: str | None = Field(None, description="How workers are woken. Default: the folder queue/ in SLIMTRIM_DATA_DIR.")
-    storage_url: str | None = Field(
-        None, description="Where artifacts live, file:///... Default: the folder objects/ in SLIMTRIM_DATA_DIR."
+    database_url: str | None = Field(
+        None,
+        description="Where rows live, postgresql://user:password@host/name. Default: db.sqlite3 in SLIMTRIM_DATA_DIR.",
     )
-    s3_endpoint_url: str | None = Field(None, description="Address of an S3 server; has no use before S3 storage is available.")
+    broker_url: str | None = Field(
+        None, description="How workers are woken, redis://host:6379/0. Default: the folder queue/ in SLIMTRIM_DATA_DIR."
+    )
+    storage_url: str | None = Field(
+        None,
+        description="Where artifacts live, s3://bucket/prefix or file:///... Default: objects/ in SLIMTRIM_DATA_DIR.",
+    )
+    s3_endpoint_url: str | None = Field(
+        None, description="Address of the S3 server. Default: Amazon's. Credentials come from AWS_ACCESS_KEY_ID and its kin."
+    )
+    s3_public_url: str | None = Field(
+        None, description="Address of the S3 server as callers reach it, for links. Default: SLIMTRIM_S3_ENDPOINT_URL."
+    )
+    s3_region: str = Field("us-east-1", description="Region that requests to S3 are signed for.")
+    s3_checksums: Literal["when_required", "when_supported"] = Field(
+        "when_required",
+        description="When boto3 adds checksums; servers other than Amazon's may refuse when_supported.",
+    )
+    model_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        (), description="What s3:// models and texts may be read from, comma-separated: bucket or bucket/prefix."
+    )
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (), description="Callers, comma-separated: name:scope+scope:sha256-of-key. Make one with python -m jobs.keys."
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated models.")
+    secret: SecretStr | None = Field(
+        None,
+        description="Signs links and makes webhook secrets; equal on all machines. Default: a file in SLIMTRIM_DATA_DIR.",
+    )
+    rate_limit: int = Field(6000, ge=0, description="Requests that a caller may make per minute and API process; 0: any number.")
+    queue_limit: int = Field(1000, ge=1, description="Jobs that a caller may have waiting.")
+    stream_limit: int = Field(500, ge=1, description="Event streams that one API process holds open.")
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        (), description="Hosts that webhooks may reach by http and at private addresses, comma-separated host:port."
+    )
+    worker_classes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_known_classes)] = Field(
+        (),
+        description="Memory classes of the jobs that a worker takes, comma-separated. Default: what its device fits.",
+    )
+    job_memory_bytes: int = Field(0, ge=0, description="Bytes of main memory that a job's process may use; 0: any number.")
+    blocks_kept_s: Seconds = Field(604_800.0, description="Seconds for which finished blocks of unfinished jobs are kept.")
     workers: int = Field(1, ge=0, le=64, description="Worker processes that the embedded service starts.")
     lease_s: Seconds = Field(60.0, description="Seconds after which a silent worker has lost its job.")
     heartbeat_s: Seconds = Field(10.0, description="Seconds between two lease renewals; at most half of SLIMTRIM_LEASE_S.")
@@ -75,10 +125,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _available(self) -> Settings:
-        for name, ours in (("database_url", "sqlite:///"), ("broker_url", "filesystem://"), ("storage_url", "file:///")):
-            _refuse_other_schemes(name, getattr(self, name), ours)
-        if self.s3_endpoint_url:
-            raise NotAvailable(f"{PREFIX}S3_ENDPOINT_URL is set, but S3 storage is not available yet; unset it")
+        for name, known in _SCHEMES.items():
+            _refuse_other_schemes(name, getattr(self, name), known)
         return self
 
     @model_validator(mode="after")
@@ -99,7 +147,18 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         """The database's address, the default filled in."""
-        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'db.sqlite3'}"
+        if self.database_url is None:
+            return f"sqlite:///{self.data_dir.resolve() / 'db.sqlite3'}"
+        # One driver; without a name SQLAlchemy would look for another one.
+        return self.database_url.replace("postgresql://", "postgresql+psycopg://", 1)
+
+    @property
+    def bucket(self) -> tuple[str, str] | None:
+        """The bucket that holds the artifacts, and the prefix in it without slashes around; None for a folder."""
+        if self.storage_url is None or not self.storage_url.startswith("s3://"):
+            return None
+        bucket, _, prefix = self.storage_url.removeprefix("s3://").partition("/")
+        return bucket, prefix.strip("/")
 
     @property
     def queue_folder(self) -> Path:
@@ -125,7 +184,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Return the settings of this environment, or raise ``SettingsRefused`` or ``NotAvailable`` with a way out."""
+    """Return the settings of this environment, or raise ``SettingsRefused`` with a way out."""
     try:
         return Settings(**overrides)
     except ValidationError as refusal:
@@ -141,14 +200,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _refuse_other_schemes(name: str, url: str | None, ours: str) -> None:
-    if url is None or (url.startswith(ours) and url != "sqlite:///"):  # which would be a database in memory
+def _refuse_other_schemes(name: str, url: str | None, known: tuple[str, ...]) -> None:
+    # Bare "sqlite:///" would be a database in memory, and "s3://" no bucket.
+    if url is None or (url.startswith(known) and url not in ("sqlite:///", "s3://")):
         return
-    scheme = url.partition("://")[0].partition("+")[0].lower()
-    variable = PREFIX + name.upper()
-    if scheme in _LATER:
-        raise NotAvailable(f"{variable} names {_LATER[scheme]}, which is not available yet; unset it to use the embedded default")
-    raise SettingsRefused(f"{variable} must start with {ours} and name a place; unset it to use the embedded default")
+    raise SettingsRefused(
+        f"{PREFIX}{name.upper()} must start with {', '.join(known)} and name a place; unset it to use the embedded default"
+    )
 
 
 def _variable(location: tuple[int | str, ...]) -> str:
@@ -165,6 +223,8 @@ def describe_settings() -> Mapping[str, tuple[str, str]]:
 def _as_text(default: Any) -> str:
     if default is None or default == ():
         return ""
+    if isinstance(default, tuple):
+        return ",".join(default)
     if isinstance(default, float) and default.is_integer():
         return str(int(default))
     return str(default)

@@ -1,4 +1,4 @@
-"""The rows: a job, its events, its attempts, its labels, and the idempotency keys.
+"""The rows: a job, its events, attempts, labels and finished blocks; idempotency and API keys; webhook deliveries; workers.
 
 "Table" because here a model has weights. Large documents (report, manifest) are deferred: they are read when asked
 for, not with every list. ``version`` grows with every visible change of a job and is what an ETag is made from.
@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, Enum, ForeignKey, Index, MetaData, String
+from sqlalchemy import JSON, BigInteger, CheckConstraint, Enum, ForeignKey, Index, MetaData, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from jobs.clock import UtcTime, now
 from jobs.ids import new_job_id, parse_job_id
 from jobs.status import TERMINAL, JobStatus
 
-__all__ = ["Base", "IdempotencyKey", "Job", "JobAttempt", "JobEvent", "JobLabel", "new_job_id", "no_progress", "parse_job_id"]
+__all__ = [
+    "ApiKeyRow", "Base", "IdempotencyKey", "Job", "JobAttempt", "JobBlock", "JobEvent", "JobLabel", "WebhookDelivery", "Worker",
+    "new_job_id", "no_progress", "parse_job_id",
+]  # fmt: skip
 
 _NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -54,7 +57,10 @@ class Job(Base):
         Index("ix_jobs_owner_id", "owner", "id"),
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
-        CheckConstraint("attempt >= 1 AND attempt <= max_attempts", name="attempt_in_range"),
+        Index("ix_jobs_memory_class_status_id", "memory_class", "status", "id"),
+        Index("ix_jobs_owner_bytes_after", "owner", "bytes_after"),
+        Index("ix_jobs_fingerprint", "fingerprint"),
+        CheckConstraint("attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts", name="attempt_in_range"),
     )
 
     id: Mapped[str] = mapped_column(_ID, primary_key=True, default=new_job_id)
@@ -83,9 +89,21 @@ class Job(Base):
     labels: Mapped[Document] = mapped_column(default=dict)
     spec_hash: Mapped[str] = mapped_column(String(64))
     retry_of: Mapped[str | None] = mapped_column(_ID)
+    memory_class: Mapped[str] = mapped_column(String(32), default="gpu.cpu")
+    """What kind of worker the job needs; its queue has the same name."""
+    bytes_after: Mapped[int | None] = mapped_column(BigInteger)
+    """Of the result, where a list of reports can filter and order by it; so is the next one."""
+    retention: Mapped[float | None]
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    """Under which the present attempt keeps its finished blocks."""
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    """Of the POST that made the job, and its trace, so that a worker's log and trace lead back to it."""
+    trace_parent: Mapped[str | None] = mapped_column(String(64))
 
     attempt: Mapped[int] = mapped_column(default=1)
     max_attempts: Mapped[int] = mapped_column(default=3)
+    fruitless: Mapped[int] = mapped_column(default=0)
+    """Lost attempts in a row that made no block durable; ``max_attempts`` of them end the job."""
     fence: Mapped[int] = mapped_column(default=0)
     """Grows with every claim; every write of a worker carries the number that its claim returned."""
     lease_until: Mapped[datetime | None]
@@ -170,3 +188,73 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(_ID, ForeignKey("jobs.id"))
     created_at: Mapped[datetime] = mapped_column(default=now(), index=True)
+
+
+class JobBlock(Base):
+    """A finished part of a run that outlives its attempt: where its files are, and what they are."""
+
+    __tablename__ = "job_blocks"
+    __table_args__ = (Index("ix_job_blocks_created_at", "created_at"),)
+
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Of the part, such as ``block-00003``."""
+    job_id: Mapped[str] = mapped_column(_ID, ForeignKey("jobs.id"))
+    fence: Mapped[int]
+    files: Mapped[Document]
+    """``{"files": [{"path", "key", "bytes", "sha256"}]}``."""
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class ApiKeyRow(Base):
+    """A caller's key, made and revoked while the service runs; those of the settings are not here."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64), index=True)
+    scopes: Mapped[Document]
+    """``{"scopes": [...]}``."""
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    hint: Mapped[str] = mapped_column(String(16))
+    """The key's first letters, by which people tell keys apart."""
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class WebhookDelivery(Base):
+    """One event that somebody wants to be told, written in the event's own transaction."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("ix_webhook_deliveries_state_due_at", "state", "due_at"),)
+
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    job_id: Mapped[str] = mapped_column(_ID, ForeignKey("jobs.id"), index=True)
+    seq: Mapped[int]
+    """Number of the event that is told."""
+    url: Mapped[str] = mapped_column(String(2048))
+    payload: Mapped[Document]
+    state: Mapped[str] = mapped_column(String(16), default="pending")
+    """pending, delivered, failed (given up)."""
+    tries: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime] = mapped_column(default=now())
+    status_code: Mapped[int | None]
+    error: Mapped[str | None] = mapped_column(String(1024))
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    delivered_at: Mapped[datetime | None]
+
+
+class Worker(Base):
+    """A worker process that was alive lately, and which jobs it takes."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    classes: Mapped[Document]
+    """``{"classes": [...]}``, the memory classes of the jobs it takes."""
+    device: Mapped[str] = mapped_column(String(255))
+    job_id: Mapped[str | None] = mapped_column(_ID)
+    started_at: Mapped[datetime] = mapped_column(default=now())
+    last_seen: Mapped[datetime] = mapped_column(default=now())

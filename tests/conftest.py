@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.servers import S3, Postgres, Redis
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -44,3 +47,30 @@ def shared_folder() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("NOT RUN: the folder 'shared' with reference data and models is not beside the repository")
     return _SHARED
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of this session's own."""
+    from tests.servers import a_postgres
+
+    with a_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Redis]:
+    """A Redis server of this session's own."""
+    from tests.servers import a_redis
+
+    with a_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server of this session's own."""
+    from tests.servers import an_s3
+
+    with an_s3() as server:
+        yield server

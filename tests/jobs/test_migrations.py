@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect
 
-from jobs.database import alembic_config, make_engine, migrate, require_current_schema, schema_is_current
+from jobs.database import alembic_config, make_engine, migrate, migrating, require_current_schema, schema_is_current
 from jobs.errors import SchemaOutOfDate
 from jobs.settings import Settings
 from jobs.tables import Base
@@ -34,13 +34,13 @@ def test_the_status_of_a_row_can_be_nothing_else(rows: Rows):
     with rows.engine.begin() as connection, pytest.raises(IntegrityError):
         connection.exec_driver_sql("UPDATE jobs SET status = 'lost' WHERE id = ?", (job_id,))
     with rows.engine.begin() as connection, pytest.raises(IntegrityError):
-        connection.exec_driver_sql("UPDATE jobs SET attempt = 4 WHERE id = ?", (job_id,))
+        connection.exec_driver_sql("UPDATE jobs SET fruitless = 4 WHERE id = ?", (job_id,))
 
 
 def test_down_and_up_again_with_rows_present_leaves_empty_tables(rows: Rows):
     rows.claimed(labels={"a": "b"})
 
-    with rows.engine.begin() as connection:
+    with migrating(rows.settings) as connection:
         command.downgrade(alembic_config(connection), "base")
     with rows.engine.connect() as connection:
         assert inspect(connection).get_table_names() == ["alembic_version"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from compression.errors import NotAvailable
 from jobs.errors import SettingsRefused
 from jobs.keys import SCOPES, ApiKey, digest, main, new_key
 from jobs.settings import Settings, describe_settings, is_loopback, load_settings
@@ -52,24 +51,14 @@ def test_every_setting_of_the_contract_exists():
     assert (Settings().host, Settings().port, Settings().lease_s, Settings().heartbeat_s) == ("127.0.0.1", 8000, 60.0, 10.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "part"),
-    [
-        ("DATABASE_URL", "postgresql+psycopg://u:p@127.0.0.1/db", "PostgreSQL"),
-        ("DATABASE_URL", "postgres://127.0.0.1/db", "PostgreSQL"),
-        ("BROKER_URL", "redis://127.0.0.1:6379/0", "Redis"),
-        ("BROKER_URL", "rediss://127.0.0.1:6379/0", "Redis"),
-        ("STORAGE_URL", "s3://bucket/prefix", "S3"),
-        ("S3_ENDPOINT_URL", "http://127.0.0.1:8333", "S3"),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, part: str):
-    monkeypatch.setenv(f"SLIMTRIM_{name}", value)
+def test_production_parts_are_named_by_their_addresses():
+    url = "postgresql://u:p@127.0.0.1/db"
+    settings = load_settings(database_url=url, broker_url="rediss://127.0.0.1:6379/0", storage_url="s3://bucket/a/b/")
 
-    with pytest.raises(NotAvailable, match=f"SLIMTRIM_{name}.*{part}.*not available yet") as refusal:
-        load_settings()
-
-    assert "u:p" not in str(refusal.value)
+    assert settings.resolved_database_url == "postgresql+psycopg://u:p@127.0.0.1/db"
+    assert settings.bucket == ("bucket", "a/b")
+    assert load_settings(storage_url="s3://bucket").bucket == ("bucket", "")
+    assert load_settings(storage_url="file:///srv/objects").bucket is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +67,11 @@ def test_what_is_not_built_yet_is_refused_by_its_name(monkeypatch: pytest.Monkey
         ("DATABASE_URL", "mysql://127.0.0.1/db"),
         ("DATABASE_URL", "sqlite:///"),
         ("BROKER_URL", "memory"),
+        ("DATABASE_URL", "postgres://127.0.0.1/db"),
         ("STORAGE_URL", "/srv/objects"),
+        ("STORAGE_URL", "s3://"),
+        ("WORKER_CLASSES", "gpu.16g,gpu.17g"),
+        ("S3_CHECKSUMS", "never"),
         ("PORT", "eighty"),
         ("LEASE_S", "0"),
         ("HEARTBEAT_S", "31"),
