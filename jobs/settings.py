@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -224,7 +224,7 @@ def _as_text(default: Any) -> str:
     if default is None or default == ():
         return ""
     if isinstance(default, tuple):
-        return ",".join(default)
+        return ",".join(map(str, cast("tuple[Any, ...]", default)))
     if isinstance(default, float) and default.is_integer():
         return str(int(default))
     return str(default)
