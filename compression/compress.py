@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from compression.checkpoint.writer import Writer
 from compression.memory import give_back
 from compression.moe import attention_module
 from compression.report import LedgerRow
+from compression.resume import FinishedBlock, FinishedBlocks
 from compression.slim import Slimming, slim_
 from compression.sweep import OnBlock, Stream
 from compression.trimming.view import TrimmedReader
@@ -40,21 +43,38 @@ class Compressor:
     calibration: Stream | None
     """None where no method needs to know what enters a weight."""
     witness: Stream
+    finished: FinishedBlocks
+    """Blocks that earlier attempts at the same artifact left, and where this one leaves its own."""
 
     def run(self, trimmed: TrimmedReader, on_block: OnBlock) -> list[LedgerRow]:
         """Write every kept block; leave the witness behind the artifact's last one. Returns a row per weight changed."""
         ledger: list[LedgerRow] = []
         blocks = len(trimmed)
         for index in range(blocks):
-            saved = trimmed.block(index)
-            if self.slimming.steps:
-                ledger += self._slim_(saved, index, trimmed.source(index))
-            self.writer.block(index, saved)
+            if (made := self.finished.block(index)) is not None:
+                saved, rows = self._take(made, trimmed, index, is_last=index + 1 == blocks), made.ledger
+            else:
+                saved = trimmed.block(index)
+                rows = self._slim_(saved, index, trimmed.source(index)) if self.slimming.steps else []
+                self.writer.block(index, saved, partial(self._keep, index, rows))
+            ledger += rows
             self._advance(saved, index, trimmed.source(index), is_last=index + 1 == blocks)
             del saved  # or the next block is read while this one is still held
             give_back()
             on_block(index + 1, blocks, f"block {trimmed.source(index)} is finished ({index + 1} of {blocks})")
         return ledger
+
+    def _take(self, made: FinishedBlock, trimmed: TrimmedReader, index: int, *, is_last: bool) -> dict[str, Tensor]:
+        """Put a finished block in its place, and bring calibration to where slimming the block would have left it."""
+        saved = made.tensors()
+        self.writer.adopt(index, saved, made.shard)
+        if self.calibration is not None and not self.slimming.propagate_error and not is_last:
+            with self.trimmed.live(index, trimmed.block(index)) as block:
+                self.calibration.push(index, self.calibration.convert_(block))
+        return saved
+
+    def _keep(self, index: int, ledger: list[LedgerRow], shard: Path) -> None:
+        self.finished.keep(index, shard, ledger)
 
     def _slim_(self, saved: dict[str, Tensor], index: int, source: int) -> list[LedgerRow]:
         with self.trimmed.live(index, saved) as block:

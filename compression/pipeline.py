@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -35,8 +36,10 @@ from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
 from compression.recipe import AnyStep, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
 from compression.report import LedgerRow, Quality, Report, Verification, model_card
-from compression.reporting import report_of
+from compression.reporting import environment_of, report_of
 from compression.request import Compression
+from compression.resume import FinishedBlocks, fingerprint_of
+from compression.shelf import Shelf
 from compression.slim import Slimming
 from compression.study import Study
 from compression.study_store import StudyStore
@@ -61,16 +64,18 @@ def compress(
     *,
     host_memory: int | None = None,
     studies: Path | None = None,
+    shelf: Shelf | None = None,
 ) -> Report:
     """Compress the checkpoint in folder ``model`` into folder ``out`` as the request asks, and report what was lost.
 
     ``host_memory``: bytes that this run may plan with; what is free when it is not given. ``studies``: folder in which studies
-    are kept and found again; without one, every run looks at the untouched model anew.
+    are kept and found again; without one, every run looks at the untouched model anew. ``shelf``: where finished blocks outlive
+    this run, and from where those of an earlier attempt are taken.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()
     memory = host_memory or psutil.virtual_memory().available
-    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies)
+    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies, shelf=shelf)
     with run.stage("resolving" if run.is_open else "planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
@@ -86,7 +91,7 @@ def compress(
     with run.stage("verifying"):
         run.verify()
     report = report_of(run)
-    write_json(out / "report.json", report.model_dump(mode="json"))
+    write_json(out / "report.json", report.for_artifact())
     (out / "README.md").write_text(model_card(report), encoding="utf-8")
     run.refuse_violations(report)
     return report
@@ -104,6 +109,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: _device())
     seconds: dict[str, float] = field(default_factory=dict)
     studies: Path | None = None
+    shelf: Shelf | None = None
     study: Study | None = None
     study_reused: bool = False
     warnings: list[dict[str, str]] = field(default_factory=list)
@@ -197,8 +203,14 @@ class Run:
     def _found_study(self) -> Study | None:
         if self.studies is None or self.calibration is None:
             return None
+        store, known_by = StudyStore(self.studies), (self.reader, self.calibration.content_hash)
         dtype = working_dtype(self.device, dtype_of(self.reader.config))
-        found = StudyStore(self.studies).find(self.reader, self.calibration.content_hash, self.parts, dtype)
+        found = store.find(*known_by, self.parts, dtype)
+        if found is None and self.shelf is not None:
+            key = store.key(*known_by, dtype)
+            for content, files in self.shelf.find(key).items():
+                store.adopt(key, content, files)
+            found = store.find(*known_by, self.parts, dtype)
         if found is not None and "prices" in self.parts and not self._pricing().is_of(found.prices):
             found = None
         self.study_reused = found is not None
@@ -221,9 +233,14 @@ class Run:
         return study
 
     def _keep_study(self) -> None:
-        if self.studies is not None and self.study is not None and self.calibration is not None:
-            dtype = working_dtype(self.device, dtype_of(self.reader.config))
-            StudyStore(self.studies).keep(self.study, self.reader, self.calibration.content_hash, dtype)
+        if self.studies is None or self.study is None or self.calibration is None:
+            return
+        store, dtype = StudyStore(self.studies), working_dtype(self.device, dtype_of(self.reader.config))
+        place = store.keep(self.study, self.reader, self.calibration.content_hash, dtype)
+        if self.shelf is not None:
+            # Copies: another job may replace the study while these are on their way.
+            files = {path.name: Path(shutil.copy(path, self.shelf.folder)) for path in place.iterdir()}
+            self.shelf.keep(store.key(self.reader, self.calibration.content_hash, dtype), place.name, files)
 
     def _choice(self) -> Choice:
         inventory = self.inventory
@@ -247,6 +264,7 @@ class Run:
             config |= quantized_entries(self.architecture, self.quantize, trimmed.config, self.cuts.blocks)
         if self.slimming.packed is not None:
             config |= sparse_config(self.slimming.packed, config)
+        self.finished = self._finished_blocks(config)
         writer = Writer(self.out, config)
         try:
             self._write_blocks(writer, trimmed, config)
@@ -254,6 +272,25 @@ class Run:
         finally:
             writer.close()
         self.bytes_after = writer.bytes
+
+    def _finished_blocks(self, config: dict[str, Any]) -> FinishedBlocks:
+        """Return what earlier attempts at the same artifact left, and tell of it."""
+        fingerprint = ""
+        if self.shelf is not None:
+            fingerprint = fingerprint_of(
+                content=self.reader.content(),
+                calibration=None if self.calibration is None else self.calibration.content_hash,
+                config=config,
+                steps=self.plan.steps,
+                cuts=self.cuts,
+                zero_width=self._zero_width(),
+            )
+        finished = FinishedBlocks(self.shelf, fingerprint, environment_of(self.device))
+        for note in finished.notes():
+            if not note.same:
+                where = ", ".join(f"{name} {version}" for name, version in note.environment.items())
+                self._warn("mixed_environments", f"{len(note.blocks)} blocks were made by an earlier attempt with {where}")
+        return finished
 
     def _trimmed(self, cuts: Cuts) -> TrimmedReader:
         merge = merger(self.architecture, cuts, self.study)
@@ -276,7 +313,7 @@ class Run:
             calibration = Stream(artifact, self.calibration.ids_NS, dtype=working_dtype(self.device, artifact.dtype))
         witness_NS = (self.calibration or self.evaluation).ids_NS[:1, :_WITNESS_TOKENS]
         witness = Stream(artifact, witness_NS)
-        compressor = Compressor(self.architecture, self.slimming, shell, artifact, writer, calibration, witness)
+        compressor = Compressor(self.architecture, self.slimming, shell, artifact, writer, calibration, witness, self.finished)
         self.ledger: list[LedgerRow] = compressor.run(trimmed, self.progress.block)
         self.ids_BS, self.logits_BSV = witness.ids[0], next(witness.logits(artifact))
 

@@ -109,6 +109,16 @@ class PlanningNote(Record):
     frontier: tuple[FrontierPoint, ...]
 
 
+class ResumeNote(Record):
+    """Blocks that an earlier attempt at the same run had finished, and where."""
+
+    blocks: tuple[int, ...]
+    """By their index in the artifact."""
+    environment: dict[str, str]
+    same: bool
+    """Whether this run's environment is the same; then every byte is that of a run which was never interrupted."""
+
+
 class Quality(Record):
     """Original and artifact on the same held-out tokens. Losses and divergence in nats per token."""
 
@@ -188,12 +198,26 @@ class Report(Record):
     peak_memory_bytes: dict[str, int]
     """Peak resident memory of the process, and peak of the accelerator where there is one."""
     versions: dict[str, str]
+    resumed: tuple[ResumeNote, ...] = ()
 
     @computed_field
     @property
     def ratio(self) -> float:
         """Bytes before over bytes after: bigger is better."""
         return self.bytes_before / self.bytes_after
+
+    def for_artifact(self) -> dict[str, Any]:
+        """Return the report as it lies in the artifact: without what differs from one run to the next, such as times.
+
+        So equal runs, interrupted or not, leave equal bytes. The whole report is served by the job.
+        """
+        # How it was opened depends on the memory that happened to be free.
+        data = self.model_dump(
+            mode="json", exclude={"seconds": True, "peak_memory_bytes": True, "resumed": True, "verification": {"mode"}}
+        )
+        if data["study"] is not None:
+            data["study"] = {name: data["study"][name] for name in ("parts", "tokens", "domains")}
+        return data
 
     def result(self) -> dict[str, Any]:
         """Return the summary that a job shows; the store adds ``manifest_sha256``."""

@@ -46,7 +46,8 @@ def report_of(run: Run) -> Report:
         evaluation=_provenance(run.evaluation),
         seconds=run.seconds,
         peak_memory_bytes=_peak_memory(),
-        versions=_versions(run.device),
+        versions=environment_of(run.device),
+        resumed=run.finished.notes(),
     )
 
 
@@ -111,7 +112,8 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def environment_of(device: torch.device) -> dict[str, str]:
+    """Return what may change a rounding: versions, device and threads."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

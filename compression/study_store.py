@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compression.checkpoint.reader import Reader
 from compression.planner.prices import Prices
+from compression.shelf import Files
 from compression.study import ExpertStatistics, Likeness, Part, Sample, Study, Trials
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,18 @@ class StudyStore:
             shutil.rmtree(fresh, ignore_errors=True)
         self._forget()
         return place
+
+    def key(self, reader: Reader, calibration_hash: str, dtype: torch.dtype) -> str:
+        """Return the hash of what a study is looked for by, the weights themselves apart: to hash those is to read them."""
+        return _key(reader, calibration_hash, dtype)
+
+    def adopt(self, key: str, content: str, files: Files) -> None:
+        """Take in a study that was kept elsewhere, of the weights with this sha256; ``find`` compares it with those at hand."""
+        place = self.folder / key / content
+        if not place.exists():
+            place.mkdir(parents=True)
+            for name, path in files.items():
+                shutil.copyfile(path, place / name)
 
     def _is_of(self, reader: Reader, entry: Path, description: dict[str, Any]) -> bool:
         stat = _stat(reader)

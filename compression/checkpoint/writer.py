@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ RUNTIME = Path(slimtrim_runtime.__file__)
 """The file that opens artifacts of the custom profile; it ships inside them."""
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "quantize_config.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
+OnShard = Callable[[Path], None]
+"""Told where a shard lies that is written and was read back."""
 _COPIED_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY"}
 
 
@@ -45,7 +48,7 @@ class Writer:
         self._needs_runtime = needs_runtime(config)
         self._weight_map: dict[str, str] = {}
         self._hand = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._writing: Future[None] | None = None
+        self._writing: tuple[Future[Path], OnShard] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
 
@@ -53,13 +56,21 @@ class Writer:
         """Have the tensors written that belong to no block; they must stay as they are."""
         self._write(0, tensors)
 
-    def block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Have one block's shard written; its tensors must stay as they are.
+    def adopt(self, index: int, tensors: Mapping[str, Tensor], shard: Path) -> None:
+        """Take one block's shard as it is, from an earlier attempt at the same artifact; ``tensors``: what it holds."""
+        place = self._place(index + 1, tensors)
+        try:
+            os.link(shard, place)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(shard, place)
+
+    def block(self, index: int, tensors: Mapping[str, Tensor], on_shard: OnShard | None = None) -> None:
+        """Have one block's shard written; its tensors must stay as they are. ``on_shard`` hears when it is there.
 
         Raises what went wrong with the shard before: DiskFull where there was no room, VerificationFailed where the file
         does not hold what it was given.
         """
-        self._write(index + 1, tensors)
+        self._write(index + 1, tensors, on_shard)
 
     def close(self) -> None:
         """Wait for the shard in hand, and let the writing thread end."""
@@ -81,20 +92,25 @@ class Writer:
         if self._needs_runtime:
             shutil.copyfile(RUNTIME, self.folder / RUNTIME.name)
 
-    def _write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, shard: int, tensors: Mapping[str, Tensor], on_shard: OnShard | None = None) -> None:
         self._wait()
+        place = self._place(shard, tensors)
+        writing = self._hand.submit(_write_shard, place, dict(tensors))
+        self._writing = writing, on_shard or (lambda _: None)
+
+    def _place(self, shard: int, tensors: Mapping[str, Tensor]) -> Path:
         name = shard_name(shard, self._shards)
         self._weight_map |= dict.fromkeys(tensors, name)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self._writing = self._hand.submit(_write_shard, self.folder / name, dict(tensors))
+        return self.folder / name
 
     def _wait(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+            (writing, on_shard), self._writing = self._writing, None
+            on_shard(writing.result())
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> Path:
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
     except (OSError, SafetensorError) as error:
@@ -106,6 +122,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
             raise VerificationFailed(
                 f"read back, {path.name} does not hold what was written for {name}; the disk is not to be trusted"
             )
+    return path
 
 
 def _as_ours(error: Exception, path: Path) -> Exception:

@@ -15,6 +15,7 @@ from compression.block import Shell
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import Writer
 from compression.compress import Compressor
+from compression.resume import FinishedBlocks
 from compression.slim import Slimming
 from compression.sweep import Stream
 from compression.trimming import Cuts
@@ -43,7 +44,16 @@ def cut(source, out, architecture, *, blocks=None, experts=None):
     writer.outside(outside)
     shell = Shell(trimmed.config, outside)
     witness = Stream(shell, IDS_NS)
-    compressor = Compressor(architecture, Slimming(None, None), shell, shell, writer, calibration=None, witness=witness)
+    compressor = Compressor(
+        architecture,
+        Slimming(None, None),
+        shell,
+        shell,
+        writer,
+        calibration=None,
+        witness=witness,
+        finished=FinishedBlocks(None, "", {}),
+    )
     compressor.run(trimmed, lambda *_: None)
     writer.finish(source)
     return next(witness.logits(shell))
