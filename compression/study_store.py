@@ -78,11 +78,11 @@ class StudyStore:
 
     def key(self, reader: Reader, calibration_hash: str, dtype: torch.dtype) -> str:
         """Return the hash of what a study is looked for by, the weights themselves apart: to hash those is to read them."""
-        return _key(reader, calibration_hash, dtype)
+        return f"study-{_key(reader, calibration_hash, dtype)}"
 
     def adopt(self, key: str, content: str, files: Files) -> None:
         """Take in a study that was kept elsewhere, of the weights with this sha256; ``find`` compares it with those at hand."""
-        place = self.folder / key / content
+        place = self.folder / key.removeprefix("study-") / content
         if not place.exists():
             place.mkdir(parents=True)
             for name, path in files.items():

@@ -31,6 +31,9 @@ class Claim(Hold):
     resolved: Document
     plan: Document | None
     max_runtime_s: int
+    owner: str
+    fingerprint: str | None
+    """Under which an earlier attempt kept its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,10 @@ class AttemptRepository:
         self._session.add(
             JobAttempt(job_id=job_id, fence=job.fence, attempt=job.attempt, worker=worker, lease_until=job.lease_until)
         )
-        return Claim(job.id, job.fence, job.attempt, job.max_attempts, job.request, job.resolved, job.plan, job.max_runtime_s)
+        return Claim(
+            job.id, job.fence, job.attempt, job.max_attempts, job.request, job.resolved, job.plan, job.max_runtime_s, job.owner,
+            job.fingerprint,
+        )  # fmt: skip
 
     def renew(self, hold: Hold, lease_s: float) -> JobStatus | None:
         """Prolong the lease; return the status, in which a wish to cancel shows, or None when the hold is lost."""
@@ -112,6 +118,10 @@ class AttemptRepository:
         """Replace the plan by the one that is really followed."""
         data = {name: plan.get(name) for name in ("steps", "bytes_after", "predicted_loss")}
         return change(self._session, hold.job_id, *_held(hold), event="job.planned", data=data, plan=plan) is not None
+
+    def note_resumed(self, hold: Hold, parts: int) -> bool:
+        """Record that the attempt takes so many finished blocks instead of making them."""
+        return change(self._session, hold.job_id, *_held(hold), event="job.resumed", data={"blocks": parts}) is not None
 
     def note_resolved(self, hold: Hold, resolved: Document) -> bool:
         """Record what the request was resolved to."""

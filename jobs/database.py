@@ -24,6 +24,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from jobs.attempts import AttemptRepository
+from jobs.blocks import BlockRepository
 from jobs.errors import SchemaOutOfDate
 from jobs.repository import JobRepository
 from jobs.settings import Settings, load_settings
@@ -48,6 +49,7 @@ class UnitOfWork:
     jobs: JobRepository
     attempts: AttemptRepository
     upkeep: UpkeepRepository
+    blocks: BlockRepository
     outbox: list[str] = field(default_factory=list[str])
 
 
@@ -142,7 +144,7 @@ def alembic_config(connection: Connection) -> Config:
 
 
 def _work_on(session: Session) -> UnitOfWork:
-    return UnitOfWork(JobRepository(session), AttemptRepository(session), UpkeepRepository(session))
+    return UnitOfWork(JobRepository(session), AttemptRepository(session), UpkeepRepository(session), BlockRepository(session))
 
 
 def _prepare_sqlite(connection: Any, _record: Any, *, foreign_keys: bool) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, update
+from sqlalchemy import ColumnElement, case, exists, or_, update
 from sqlalchemy.orm import Session
 
 from jobs.clock import now
 from jobs.moves import move
 from jobs.status import JobStatus
-from jobs.tables import Document, Job, JobAttempt
+from jobs.tables import Document, Job, JobAttempt, JobBlock
 
 _LONGEST_MESSAGE = 4000
 """Characters kept of a failure's message."""
@@ -40,9 +40,13 @@ class Hold:
 
 
 def retry_or_fail(session: Session, hold: Hold, cause: Cause, *where: ColumnElement[bool], backoff_s: float = 0.0) -> Job | None:
-    """Queue the job again if the cause may pass and attempts are left; else fail it. None: the hold was no longer valid."""
+    """Queue the job again if the cause may pass and attempts are left; else fail it. None: the hold was no longer valid.
+
+    Attempts are counted that end in a row without leaving a block.
+    """
     if cause.retryable:
-        queued = _queue_again(session, hold, cause, Job.fruitless + 1 < Job.max_attempts, *where, backoff_s=backoff_s)
+        counts = or_(_made_a_block(hold), Job.fruitless + 1 < Job.max_attempts)
+        queued = _queue_again(session, hold, cause, counts, *where, backoff_s=backoff_s)
         if queued is not None:
             return queued
     reason = _exhausted(hold, cause) if cause.retryable else cause
@@ -84,11 +88,16 @@ def _queue_again(session: Session, hold: Hold, cause: Cause, *where: ColumnEleme
         event="job.attempt_failed",
         data={"attempt": hold.attempt, **cause.as_reason()},
         attempt=Job.attempt + 1,
-        fruitless=Job.fruitless + 1,
+        fruitless=case((_made_a_block(hold), 0), else_=Job.fruitless + 1),
         **(let_go() | waiting),
     )
 
 
+def _made_a_block(hold: Hold) -> ColumnElement[bool]:
+    """Say whether the attempt left a block that the next one need not make: then it was not for nothing."""
+    return exists().where(JobBlock.job_id == hold.job_id, JobBlock.fence == hold.fence)
+
+
 def _exhausted(hold: Hold, cause: Cause) -> Cause:
-    message = f"{hold.max_attempts} attempts in a row ended early; the last one with {cause.code}: {cause.message}"
+    message = f"{hold.max_attempts} attempts in a row ended early without a finished block; the last one with {cause.code}: {cause.message}"
     return Cause("attempts_exhausted", message, retryable=False)

@@ -7,6 +7,7 @@ removed, and what the row says is decided by the fence: an attempt that lost its
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from sqlalchemy.exc import DBAPIError
 
 from compression.errors import SlimtrimError
 from jobs.attempts import Claim, Success
+from jobs.blocks import StoredFile
 from jobs.database import UnitOfWork
 from jobs.endings import Cause
 from jobs.logs import Fields
 from jobs.status import JobStatus
 from jobs.storage import manifest_sha256, open_storage
+from worker.blocks import BlockKeeper, Reply
 from worker.faults import as_ours
 from worker.leash import Interrupted, Interruption, Leash
 from worker.process import run_child
@@ -66,8 +69,10 @@ class Attempt:
     def _work(self) -> Success:
         with open_workspace(self._room.settings, self._claim) as workspace:
             model = self._fetch(workspace)
-            answer = self._compress(workspace, model)
-            manifest = self._store(workspace)
+            with BlockKeeper(self._room, self._claim, self._leash, self._log, workspace.parts) as keeper:
+                answer = self._compress(workspace, model, keeper)
+                keeper.settle()
+                manifest = self._store(workspace, keeper.stored)
         result = {**answer["result"], "manifest_sha256": manifest_sha256(manifest)}
         return Success(result, answer["report"], manifest, self._prefix)
 
@@ -76,26 +81,32 @@ class Attempt:
         work = {"request": self._request(), "destination": str(workspace.model)}
         return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
 
-    def _compress(self, workspace: Workspace, model: Path) -> dict[str, Any]:
-        studies = self._room.settings.studies_folder
-        work = {"request": self._request(), "model": str(model), "out": str(workspace.out), "studies": str(studies)}
-        return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace))
+    def _compress(self, workspace: Workspace, model: Path, keeper: BlockKeeper) -> dict[str, Any]:
+        places = {"model": model, "out": workspace.out, "parts": workspace.parts, "studies": self._room.settings.studies_folder}
+        work = {"request": self._request(), **{name: str(place) for name, place in places.items()}}
+        return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace), keeper)
 
     def _request(self) -> dict[str, Any]:
         """Return the request with its branch pinned to the commit that was planned; a folder has none."""
         pinned = self._claim.resolved.get("revision")
         return self._claim.request if pinned is None else {**self._claim.request, "revision": pinned}
 
-    def _store(self, workspace: Workspace) -> Any:
+    def _store(self, workspace: Workspace, stored: Sequence[StoredFile]) -> Any:
         self._events.stage("uploading", _STORING)
-        work = {"prefix": self._prefix, "folder": str(workspace.out)}
+        known = [{"key": file.key, "bytes": file.bytes, "sha256": file.sha256} for file in stored]
+        work = {"prefix": self._prefix, "folder": str(workspace.out), "known": known}
         return self._run(["worker.errand", "store"], work, dict(os.environ))["manifest"]
 
-    def _run(self, arguments: list[str], work: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    def _run(
+        self, arguments: list[str], work: dict[str, Any], environment: dict[str, str], keeper: BlockKeeper | None = None
+    ) -> dict[str, Any]:
         work["log"] = {"service": arguments[0], **(self._log.extra or {})}
-        return run_child(
-            arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=self._events.take
-        )  # fmt: skip
+
+        def hear(line: dict[str, Any], reply: Reply) -> None:
+            if keeper is None or not keeper.take(line, reply):
+                self._events.take(line)
+
+        return run_child(arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=hear)
 
     def _publish(self, success: Success) -> JobStatus | None:
         def write(work: UnitOfWork) -> JobStatus | None:

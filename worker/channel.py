@@ -1,6 +1,6 @@
 """The child's end of the line to its worker (the other end is ``process.py``).
 
-Work arrives as the first JSON line on standard input, renewals of the lease after it. Events leave as JSON lines on a
+Work arrives as the first JSON line on standard input, renewals of the lease and answers after it. Events and questions leave as JSON lines on a
 pipe of their own. When standard input ends, the worker is gone, and so is this process.
 """
 
@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 from compression.errors import SlimtrimError
@@ -26,6 +27,7 @@ class Channel:
         self._events = os.fdopen(events, "w", encoding="utf-8")
         self._good_until = float("inf")
         self._stop = threading.Event()
+        self._answers: SimpleQueue[dict[str, Any]] = SimpleQueue()
         lines = _lines(0)
         self.work: dict[str, Any] = json.loads(next(lines))
         threading.Thread(target=self._hear, args=(lines,), daemon=True).start()
@@ -44,6 +46,11 @@ class Channel:
         self._events.write(json.dumps(line) + "\n")
         self._events.flush()
 
+    def ask(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Send one line and return what answers it. There is one question at a time."""
+        self.say(line)
+        return self._answers.get()
+
     def say_result(self, **result: Any) -> None:
         """Send the last line of work that is done."""
         self.say({"type": "result", **result})
@@ -54,7 +61,11 @@ class Channel:
 
     def _hear(self, lines: Iterator[bytes]) -> None:
         for line in lines:
-            self._good_until = json.loads(line)["good_until"]
+            heard = json.loads(line)
+            if "good_until" in heard:
+                self._good_until = heard["good_until"]
+            else:
+                self._answers.put(heard)
         os._exit(1)
 
 

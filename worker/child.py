@@ -11,13 +11,14 @@ import faulthandler
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compression.errors import Stopped
+from compression.errors import SlimtrimError, Stopped
 from compression.progress import Event, event_to_dict
 from compression.request import Compression
+from compression.shelf import Files
 from jobs.logs import configure_logs
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours
@@ -38,6 +39,32 @@ class _Listener:
 
     def should_stop(self) -> bool:
         return self._channel.should_stop
+
+
+class _Shelf:
+    """The library's shelf: what is finished goes to the worker, and what there is comes from it."""
+
+    def __init__(self, channel: Channel, folder: Path) -> None:
+        self._channel = channel
+        self.folder = folder
+
+    def find(self, fingerprint: str) -> Mapping[str, Files]:
+        answer = self._channel.ask({"type": "find", "fingerprint": fingerprint})
+        if (error := answer.get("error")) is not None:
+            raise _Named(error)
+        return {name: {file: Path(path) for file, path in files.items()} for name, files in answer["found"].items()}
+
+    def keep(self, fingerprint: str, name: str, files: Files) -> None:
+        paths = {file: str(path) for file, path in files.items()}
+        self._channel.say({"type": "keep", "fingerprint": fingerprint, "name": name, "files": paths})
+
+
+class _Named(SlimtrimError):
+    """The worker named what went wrong."""
+
+    def __init__(self, error: Mapping[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.code, self.retryable = error["code"], error["retryable"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,7 +92,10 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     # The row's request has members that are the service's business, such as limits and labels.
     known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
     request = Compression.model_validate(known)
-    return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]))
+    shelf = _Shelf(channel, Path(work["parts"]))
+    return compress(
+        request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]), shelf=shelf
+    )  # fmt: skip
 
 
 def _entry(name: str) -> Callable[..., Any]:

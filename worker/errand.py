@@ -17,7 +17,7 @@ from compression.request import Compression
 from jobs.logs import configure_logs
 from jobs.settings import Settings, load_settings
 from jobs.sources import check_text_sources, fetch
-from jobs.storage import open_storage
+from jobs.storage import KnownObject, among, open_storage
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours
 
@@ -52,7 +52,9 @@ def _fetch(channel: Channel, settings: Settings) -> None:
 
 
 def _store(channel: Channel, settings: Settings) -> None:
-    manifest = open_storage(settings).put_artifact(channel.work["prefix"], Path(channel.work["folder"]))
+    folder = Path(channel.work["folder"])
+    known = among(folder, [KnownObject(**known) for known in channel.work["known"]])
+    manifest = open_storage(settings).put_artifact(channel.work["prefix"], folder, known)
     channel.say_result(manifest=manifest)
 
 

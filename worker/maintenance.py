@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import SQLAlchemyError
 
 from compression.errors import SlimtrimError
+from jobs.blocks import ROOT
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
 from jobs.logs import configure_logs
 from jobs.queue import Announcer
@@ -28,7 +29,7 @@ from worker.workspace import remove
 HEARD_AT_MOST = 16
 """Announcements that may wait unheard before repeating one is pointless: the workers are busy, not deaf."""
 _CLEAN_EVERY_S = 60.0
-_ATTEMPT = re.compile(r"(?:artifacts/)?(?P<job>job_[0-9a-z]+)/a(?P<fence>\d+)")
+_ATTEMPT = re.compile(r"(?:artifacts/|(?P<part>blocks/[^/]+/[^/]+/))?(?P<job>job_[0-9a-z]+)/a(?P<fence>\d+)")
 
 _log = logging.getLogger("maintenance")
 
@@ -62,6 +63,10 @@ class Maintenance:
         """Remove scratch folders and artifacts that no attempt uses and no job shows, and forget old keys."""
         with unit_of_work(self._open_session, self._announcer.announce) as work:
             work.upkeep.forget_keys()
+            stale = work.blocks.forget_stale(self._settings.blocks_kept_s)
+        for prefix in stale:
+            _note("finished blocks removed", [prefix])
+            self._storage.delete(prefix)
         for folder in self._settings.work_folder.glob("job_*/a*"):
             if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
                 _note("scratch folder removed", [folder.name])
@@ -69,6 +74,10 @@ class Maintenance:
         for prefix in self._stored_attempts():
             if not self._is_held(prefix) and not self._is_published(prefix):
                 _note("artifact of no job removed", [prefix])
+                self._storage.delete(prefix)
+        for prefix in self._stored_parts():
+            if not self._is_held(prefix) and not self._is_kept(prefix):
+                _note("part of no run removed", [prefix])
                 self._storage.delete(prefix)
 
     def _announce_again(self) -> None:
@@ -83,12 +92,23 @@ class Maintenance:
         matches = (_ATTEMPT.match(key) for key in self._storage.list("artifacts"))
         return sorted({match[0] for match in matches if match})
 
+    def _stored_parts(self) -> list[str]:
+        """Return what each attempt has stored of finished blocks; a transfer may have ended without its row."""
+        matches = (_ATTEMPT.match(key) for key in self._storage.list(ROOT))
+        return sorted({match[0] for match in matches if match})
+
     def _is_held(self, path: str) -> bool:
         match = _ATTEMPT.match(path)
         if match is None:
             return True  # not ours to judge
         with reading(self._open_reader) as work:
             return work.upkeep.is_held(match["job"], int(match["fence"]))
+
+    def _is_kept(self, prefix: str) -> bool:
+        match = _ATTEMPT.match(prefix)
+        assert match is not None
+        with reading(self._open_reader) as work:
+            return work.blocks.is_kept(match["job"], int(match["fence"]), match["part"])
 
     def _is_published(self, prefix: str) -> bool:
         job_id = prefix.split("/")[1]

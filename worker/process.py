@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -32,6 +33,8 @@ _EXIT_S = 10.0
 
 _log = logging.getLogger(__name__)
 Line = dict[str, Any]
+OnEvent = Callable[[Line, Callable[[Line], None]], None]
+"""Told a line of the child's, and what answers it."""
 
 
 class ChildError(SlimtrimError):
@@ -41,6 +44,13 @@ class ChildError(SlimtrimError):
         super().__init__(line["message"])
         self.code = line["code"]
         self.retryable = line["retryable"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the child is to be told, though it said something else meanwhile."""
+
+    line: Line
 
 
 class LeaseLapsed(WorkerLost):
@@ -54,12 +64,12 @@ def run_child(
     *,
     environment: Mapping[str, str],
     grace_s: Mapping[Interruption, float],
-    on_event: Callable[[Line], None],
+    on_event: OnEvent,
 ) -> Line:
     """Run ``python -m <arguments>`` to its end and return its result line.
 
     Raises ``Interrupted`` when the leash was pulled: the child was asked to stop, and killed after the reason's grace
-    (0 when it has none). Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
+    (0 when it has none). ``on_event`` may answer a line, now or later and from any thread. Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
     """
     leash.check()
     child = _Child(arguments, environment)
@@ -73,7 +83,7 @@ def run_child(
         child.end()
 
 
-def _listen(child: _Child, grace_s: Mapping[Interruption, float], on_event: Callable[[Line], None]) -> Line | None:
+def _listen(child: _Child, grace_s: Mapping[Interruption, float], on_event: OnEvent) -> Line | None:
     """Serve the child until it has said its last word, or died."""
     kill_at = float("inf")
     while True:
@@ -83,10 +93,12 @@ def _listen(child: _Child, grace_s: Mapping[Interruption, float], on_event: Call
                 child.signal(signal.SIGTERM)
             case float(good_until):
                 child.tell({"good_until": good_until})
+            case _Answer(line):
+                child.tell(line)
             case {"type": "result" | "error" | "stopped"} as line:
                 return line
             case dict() as line:
-                on_event(line)
+                on_event(line, lambda answer: child.inbox.put(_Answer(answer)))
             case None:
                 return None
 
@@ -107,7 +119,7 @@ class _Child:
     """The process, its pipe, and one inbox for all that concerns it."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.inbox: SimpleQueue[Line | Interruption | float | None] = SimpleQueue()
+        self.inbox: SimpleQueue[Line | Interruption | float | _Answer | None] = SimpleQueue()
         read, write = os.pipe()
         own = ["--events", str(write), "--parent", str(os.getpid())]
         self._process = subprocess.Popen(

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
-from jobs.database import UnitOfWork, make_engine, require_current_schema, session_maker, unit_of_work
+from jobs.database import UnitOfWork, make_engine, reader_maker, require_current_schema, session_maker, unit_of_work
 from jobs.queue import Announcer
 from jobs.settings import Settings
 from worker.leash import Interruption, Leash
@@ -33,7 +33,7 @@ class Room:
         self._announcer = Announcer(settings)
         engine = make_engine(settings)
         require_current_schema(engine)
-        self._open_session = session_maker(engine)
+        self._open_session, self.open_reader = session_maker(engine), reader_maker(engine)
         self._leash: Leash | None = None
 
     def work(self) -> AbstractContextManager[UnitOfWork]:

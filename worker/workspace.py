@@ -43,6 +43,11 @@ class Workspace:
         return self.folder / "out"
 
     @property
+    def parts(self) -> Path:
+        """For finished parts of the run: those that were fetched, and what is made to be kept with one."""
+        return self.folder / "parts"
+
+    @property
     def temporary(self) -> Path:
         """For what libraries put aside."""
         return self.folder / "tmp"
@@ -52,7 +57,7 @@ class Workspace:
 def open_workspace(settings: Settings, claim: Claim) -> Generator[Workspace]:
     """Make the attempt's folder and remove it at the end; raise ``DiskFull`` when the job cannot fit."""
     workspace = Workspace(settings.work_folder / claim.job_id / f"a{claim.fence}")
-    for folder in (workspace.model, workspace.out, workspace.temporary):
+    for folder in (workspace.model, workspace.out, workspace.parts, workspace.temporary):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         _check_free_space(settings, workspace, claim)

@@ -1,14 +1,16 @@
 """Stand-ins for the library, run by a real worker in a real child process instead of ``compression.pipeline:compress``.
 
 What a stand-in does is written in the request's inline calibration text, as JSON: ``blocks``, ``block_s`` (seconds a
-block takes), and ``ending``. Everything around it - rows, queue, processes, storage - is the real thing.
+block takes), ``ending``, and ``keeps``: whether finished blocks outlive the attempt. Everything around it - rows, queue, processes, storage - is the real thing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,8 +20,9 @@ from typing import Any
 from compression.errors import BrokenCheckpoint, DownloadFailed
 from compression.progress import Listener, Progress
 from compression.request import Compression, InlineText
+from compression.shelf import Shelf
 
-PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success"}
+PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success", "keeps": False}
 
 
 class FakeReport:
@@ -36,7 +39,7 @@ class FakeReport:
         return self._data
 
 
-def compress(request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path) -> FakeReport:
+def compress(request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, shelf: Shelf) -> FakeReport:
     """Pretend to work on some blocks, then end as the request says."""
     assert isinstance(request.calibration.source, InlineText)
     plan = PLAN | json.loads(request.calibration.source.inline[0])
@@ -45,9 +48,17 @@ def compress(request: Compression, model: Path, out: Path, listener: Listener, *
     progress.stage("studying")
     progress.warn("fake", "this is not a real run")
     progress.stage("compressing")
+    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    found = shelf.find(fingerprint) if plan["keeps"] else {}
     for block in range(1, plan["blocks"] + 1):
-        time.sleep(plan["block_s"])
-        (out / f"block-{block}.bin").write_bytes(bytes([block]) * 1000)
+        name, shard = f"block-{block:05d}", out / f"block-{block}.bin"
+        if name in found:
+            shutil.copyfile(found[name]["shard"], shard)
+        else:
+            time.sleep(plan["block_s"])
+            shard.write_bytes(bytes([block]) * 1000)
+            if plan["keeps"]:
+                shelf.keep(fingerprint, name, {"shard": shard})
         progress.block(block, plan["blocks"], f"block {block}")
     _end(plan["ending"])
     (out / "report.json").write_text("{}")
