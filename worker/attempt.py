@@ -7,7 +7,6 @@ removed, and what the row says is decided by the fence: an attempt that lost its
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError
@@ -65,20 +64,22 @@ class Attempt:
 
     def _work(self) -> Success:
         with open_workspace(self._room.settings, self._claim) as workspace:
-            model = self._fetch(workspace)
-            answer = self._compress(workspace, model)
+            answer = self._compress(workspace, self._fetch(workspace))
             manifest = self._store(workspace)
         result = {**answer["result"], "manifest_sha256": manifest_sha256(manifest)}
         return Success(result, answer["report"], manifest, self._prefix)
 
-    def _fetch(self, workspace: Workspace) -> Path:
+    def _fetch(self, workspace: Workspace) -> dict[str, Any]:
+        """Return the model's ``folder``, and the ``texts`` that had to be fetched: source -> file."""
         self._events.stage("fetching", 0.0)
-        work = {"request": self._request(), "destination": str(workspace.model)}
-        return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
+        work = {"request": self._request(), "destination": str(workspace.model), "texts": str(workspace.texts)}
+        return self._run(["worker.errand", "fetch"], work, dict(os.environ))
 
-    def _compress(self, workspace: Workspace, model: Path) -> dict[str, Any]:
-        studies = self._room.settings.studies_folder
-        work = {"request": self._request(), "model": str(model), "out": str(workspace.out), "studies": str(studies)}
+    def _compress(self, workspace: Workspace, fetched: dict[str, Any]) -> dict[str, Any]:
+        work = {
+            "request": self._request(), "model": fetched["folder"], "texts": fetched["texts"],
+            "out": str(workspace.out), "studies": str(self._room.settings.studies_folder),
+        }  # fmt: skip
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace))
 
     def _request(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from compression.errors import Stopped
 from compression.progress import Event, event_to_dict
 from compression.request import Compression
+from compression.text.documents import text_copies
 from jobs.logs import configure_logs
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours
@@ -65,7 +66,8 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     # The row's request has members that are the service's business, such as limits and labels.
     known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
     request = Compression.model_validate(known)
-    return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]))
+    with text_copies({source: Path(copy) for source, copy in work["texts"].items()}):
+        return compress(request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]))
 
 
 def _entry(name: str) -> Callable[..., Any]:
