@@ -1,10 +1,10 @@
-"""Where a model comes from: a repository on the hub, or a folder below the roots that this installation may read.
+"""Where a model comes from: the hub, a bucket, or a folder below the roots that this installation may read.
 
     meta/model               a hub repository; its branch or tag is pinned to a commit before anything else is read
     file:///srv/models/x     a folder below one of SLIMTRIM_MODEL_ROOTS, read in place; nothing in the path is decoded
-    s3://bucket/prefix       known to the contract, not built yet
+    s3://bucket/prefix       objects below one of SLIMTRIM_MODEL_BUCKETS, pinned to what they are when it is first read
 
-``read_checkpoint_of`` reads config.json and the tensor headers only, from the hub by ranges of bytes. ``fetch`` brings
+``read_checkpoint_of`` reads config.json and the tensor headers only, from afar by ranges of bytes. ``fetch`` brings
 the weights to the machine. Only safetensors, JSON and tokenizer files ever travel: no pickle, no code.
 """
 
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from compression.checkpoint.headers import Checkpoint, CheckpointFiles, FolderFiles, read_checkpoint
-from compression.errors import DiskFull, DownloadFailed, ModelNotFound, NotAvailable, SourceNotAllowed, ValidationFailed
+from compression.errors import DiskFull, DownloadFailed, ModelNotFound, SourceNotAllowed, ValidationFailed
 from compression.request import Compression, Domain, InlineText
+from jobs.bucket_files import SCHEME, Place, check_text, download_model, download_text, open_model, parse_place
 from jobs.hub import HubFiles, download, is_wanted
 from jobs.settings import Settings
 
@@ -43,28 +44,32 @@ class FolderSource:
     path: Path
 
 
-Source = HubSource | FolderSource
+Source = HubSource | FolderSource | Place
 
 
 def parse(model: str) -> Source:
     """Return what kind of source a request's ``model`` names; touches neither disk nor network."""
-    if model.startswith("s3://"):
-        raise NotAvailable("models in s3:// are not available yet; use a hub id or file:///...", pointer="/model")
+    if model.startswith(SCHEME):
+        return parse_place(model, "/model")
     if model.startswith(_FILE):
         return FolderSource(_absolute_path(model, "/model"))
     if _HUB_ID.fullmatch(model) and ".." not in model:
         return HubSource(model)
     raise ValidationFailed(
-        f'{_short(model)} is not a model; write "owner/name" on the hub or "file:///folder/below/a/root"', pointer="/model"
+        f'{_short(model)} is not a model; write "owner/name" on the hub, "s3://bucket/prefix" or "file:///folder/below/a/root"',
+        pointer="/model",
     )
 
 
 def open_files(model: str, revision: str | None, settings: Settings) -> tuple[CheckpointFiles, str | None]:
-    """Return a model's files and the commit they are pinned to; None for a folder, which has no commits."""
+    """Return a model's files and the commit or revision they are pinned to; None for a folder, which has none."""
     match parse(model):
         case HubSource(repository):
             files = HubFiles.open(repository, _checked_revision(revision), _token(settings))
             return files, files.commit
+        case Place() as place:
+            files = open_model(place, revision, settings)
+            return files, files.revision
         case FolderSource(path):
             folder, root = _allowed_folder(path, settings)
             return FolderFiles(folder, root), None
@@ -79,32 +84,49 @@ def read_checkpoint_of(model: str, revision: str | None, settings: Settings) -> 
 def fetch(model: str, revision: str | None, destination: Path, settings: Settings) -> Path:
     """Return a folder on this machine that holds the model.
 
-    That is the folder itself, or ``destination``: filled from the hub, or, where the folder holds links to files
+    That is the folder itself, or ``destination``: filled from the hub or a bucket, or, where the folder holds links to files
     elsewhere below its root (a hub cache does), filled with those files, since a run opens nothing outside its folder.
     """
     match parse(model):
         case HubSource(repository):
             return download(repository, _checked_revision(revision), destination, _token(settings))
+        case Place() as place:
+            return download_model(place, revision, destination, settings)
         case FolderSource(path):
             folder, root = _allowed_folder(path, settings)
             return _without_links(folder, root, destination)
 
 
 def check_text_sources(request: Compression, settings: Settings) -> None:
-    """Refuse a calibration or evaluation file that is missing or lies outside the allowed roots."""
+    """Refuse a calibration or evaluation text that is missing or lies outside the allowed roots and buckets."""
+    for pointer, source in _texts(request):
+        if isinstance(source, str) and source.startswith(SCHEME):
+            check_text(parse_place(source, pointer), settings, pointer)
+        elif isinstance(source, str) and source.startswith(_FILE):
+            _check_text_file(source, pointer, settings)
+
+
+def fetch_texts(request: Compression, destination: Path, settings: Settings) -> dict[str, Path]:
+    """Bring the request's texts in buckets to this machine; return source -> file, each in a folder of its own."""
+    copies: dict[str, Path] = {}
+    for pointer, source in _texts(request):
+        if isinstance(source, str) and source.startswith(SCHEME) and source not in copies:
+            place = parse_place(source, pointer)
+            copies[source] = download_text(place, destination / str(len(copies)), settings, pointer)
+    return copies
+
+
+def _texts(request: Compression) -> list[tuple[str, str | InlineText]]:
     source = request.calibration.source
-    for pointer, text in _domains(source) if isinstance(source, tuple) else [("/calibration/source", source)]:
-        _check_text(text, pointer, settings)
-    _check_text(request.evaluation.perplexity.source, "/evaluation/perplexity/source", settings)
+    calibration = _domains(source) if isinstance(source, tuple) else [("/calibration/source", source)]
+    return [*calibration, ("/evaluation/perplexity/source", request.evaluation.perplexity.source)]
 
 
 def _domains(domains: tuple[Domain, ...]) -> list[tuple[str, str | InlineText]]:
     return [(f"/calibration/source/{index}/source", domain.source) for index, domain in enumerate(domains)]
 
 
-def _check_text(source: str | InlineText, pointer: str, settings: Settings) -> None:
-    if isinstance(source, InlineText) or not source.startswith(_FILE):
-        return
+def _check_text_file(source: str, pointer: str, settings: Settings) -> None:
     path, _ = _below_a_root(_absolute_path(source, pointer), settings, pointer)
     if not path.is_file():
         raise ValidationFailed(f"there is no file {_short(source)}", pointer=pointer)

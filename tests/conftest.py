@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.servers import S3, Postgres, Redis
+    from tests.servers import S3, Bucket, Postgres, Redis
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -74,3 +74,12 @@ def s3() -> Iterator[S3]:
 
     with an_s3() as server:
         yield server
+
+
+@pytest.fixture
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket of that server, with its credentials in the environment, where boto3 looks for them."""
+    made = s3.fresh_bucket()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, made.environment[name])
+    return made

@@ -131,6 +131,23 @@ class Bucket:
             "SLIMTRIM_STORAGE_URL": f"s3://{self.name}/things",
         }
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Arguments for ``Settings``."""
+        return {"s3_endpoint_url": self.endpoint, "storage_url": f"s3://{self.name}/things"}
+
+    @property
+    def port(self) -> int:
+        """Where the server listens, for a proxy before it."""
+        return int(self.endpoint.rpartition(":")[2])
+
+    def client(self):
+        """Return a client with the server's own credentials."""
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, aws_access_key_id=self.access_key, aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )  # fmt: skip
+
 
 @dataclass
 class S3:
@@ -143,10 +160,7 @@ class S3:
 
     def client(self):
         """Return a client with the server's own credentials."""
-        return boto3.client(
-            "s3", endpoint_url=self.endpoint, aws_access_key_id=self.access_key, aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-        )  # fmt: skip
+        return Bucket("", self.endpoint, self.access_key, self.secret_key).client()
 
     def fresh_bucket(self) -> Bucket:
         """Return a new, empty bucket."""

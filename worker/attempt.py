@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError
@@ -68,22 +67,26 @@ class Attempt:
 
     def _work(self) -> Success:
         with open_workspace(self._room.settings, self._claim) as workspace:
-            model = self._fetch(workspace)
+            fetched = self._fetch(workspace)
             with BlockKeeper(self._room, self._claim, self._leash, self._log, workspace.parts) as keeper:
-                answer = self._compress(workspace, model, keeper)
+                answer = self._compress(workspace, fetched, keeper)
                 keeper.settle()
                 manifest = self._store(workspace, keeper.stored)
         result = {**answer["result"], "manifest_sha256": manifest_sha256(manifest)}
         return Success(result, answer["report"], manifest, self._prefix)
 
-    def _fetch(self, workspace: Workspace) -> Path:
+    def _fetch(self, workspace: Workspace) -> dict[str, Any]:
+        """Return the model's ``folder``, and the ``texts`` that had to be fetched: source -> file."""
         self._events.stage("fetching", 0.0)
-        work = {"request": self._request(), "destination": str(workspace.model)}
-        return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
+        work = {"request": self._request(), "destination": str(workspace.model), "texts": str(workspace.texts)}
+        return self._run(["worker.errand", "fetch"], work, dict(os.environ))
 
-    def _compress(self, workspace: Workspace, model: Path, keeper: BlockKeeper) -> dict[str, Any]:
-        places = {"model": model, "out": workspace.out, "parts": workspace.parts, "studies": self._room.settings.studies_folder}
-        work = {"request": self._request(), **{name: str(place) for name, place in places.items()}}
+    def _compress(self, workspace: Workspace, fetched: dict[str, Any], keeper: BlockKeeper) -> dict[str, Any]:
+        places = {"out": workspace.out, "parts": workspace.parts, "studies": self._room.settings.studies_folder}
+        work = {
+            "request": self._request(), "model": fetched["folder"], "texts": fetched["texts"],
+            **{name: str(place) for name, place in places.items()},
+        }  # fmt: skip
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace), keeper)
 
     def _request(self) -> dict[str, Any]:

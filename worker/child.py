@@ -19,6 +19,7 @@ from compression.errors import SlimtrimError, Stopped
 from compression.progress import Event, event_to_dict
 from compression.request import Compression
 from compression.shelf import Files
+from compression.text.documents import text_copies
 from jobs.logs import configure_logs
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours
@@ -93,9 +94,10 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
     request = Compression.model_validate(known)
     shelf = _Shelf(channel, Path(work["parts"]))
-    return compress(
-        request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]), shelf=shelf
-    )  # fmt: skip
+    with text_copies({source: Path(copy) for source, copy in work["texts"].items()}):
+        return compress(
+            request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]), shelf=shelf
+        )  # fmt: skip
 
 
 def _entry(name: str) -> Callable[..., Any]:

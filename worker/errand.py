@@ -1,4 +1,4 @@
-"""The two errands around a run, each in a process that can be stopped at any moment: fetch the model, store the artifact.
+"""The two errands around a run, each in a process that can be stopped at any moment: fetch model and texts, store the artifact.
 
 ``python -m worker.errand fetch|store``, started by ``worker.process``. Unlike the child that runs the library, an
 errand has the service's settings, tokens included, and never looks into a tensor.
@@ -16,8 +16,8 @@ from compression.errors import SlimtrimError
 from compression.request import Compression
 from jobs.logs import configure_logs
 from jobs.settings import Settings, load_settings
-from jobs.sources import check_text_sources, fetch
-from jobs.storage import KnownObject, among, open_storage
+from jobs.sources import check_text_sources, fetch, fetch_texts
+from jobs.storage import KnownObject, known_among, open_storage
 from worker.channel import Channel, open_channel
 from worker.faults import as_ours
 
@@ -48,12 +48,13 @@ def _fetch(channel: Channel, settings: Settings) -> None:
     # Checked when the job was made, and again now: a link may have been turned since.
     check_text_sources(request, settings)
     folder = fetch(request.model, request.revision, Path(work["destination"]), settings)
-    channel.say_result(folder=str(folder))
+    texts = fetch_texts(request, Path(work["texts"]), settings)
+    channel.say_result(folder=str(folder), texts={source: str(copy) for source, copy in texts.items()})
 
 
 def _store(channel: Channel, settings: Settings) -> None:
     folder = Path(channel.work["folder"])
-    known = among(folder, [KnownObject(**known) for known in channel.work["known"]])
+    known = known_among(folder, [KnownObject(**known) for known in channel.work["known"]])
     manifest = open_storage(settings).put_artifact(channel.work["prefix"], folder, known)
     channel.say_result(manifest=manifest)
 

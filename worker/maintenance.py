@@ -29,6 +29,8 @@ from worker.workspace import remove
 HEARD_AT_MOST = 16
 """Announcements that may wait unheard before repeating one is pointless: the workers are busy, not deaf."""
 _CLEAN_EVERY_S = 60.0
+_UPLOAD_S = 86_400.0
+"""Unfinished uploads and files in the store are removed when they are older: no attempt takes a day to store its artifact."""
 _ATTEMPT = re.compile(r"(?:artifacts/|(?P<part>blocks/[^/]+/[^/]+/))?(?P<job>job_[0-9a-z]+)/a(?P<fence>\d+)")
 
 _log = logging.getLogger("maintenance")
@@ -67,6 +69,7 @@ class Maintenance:
         for prefix in stale:
             _note("finished blocks removed", [prefix])
             self._storage.delete(prefix)
+        self._storage.sweep_uploads(_UPLOAD_S)
         for folder in self._settings.work_folder.glob("job_*/a*"):
             if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
                 _note("scratch folder removed", [folder.name])

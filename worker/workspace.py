@@ -16,6 +16,7 @@ from typing import Any
 from compression.errors import DiskFull
 from jobs.attempts import Claim
 from jobs.settings import Settings
+from jobs.storage import FolderStorage, open_storage
 
 _KEPT = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
@@ -36,6 +37,11 @@ class Workspace:
     def model(self) -> Path:
         """For a model that has to be fetched."""
         return self.folder / "model"
+
+    @property
+    def texts(self) -> Path:
+        """For calibration and evaluation text that has to be fetched."""
+        return self.folder / "texts"
 
     @property
     def out(self) -> Path:
@@ -80,14 +86,32 @@ def bare_environment(workspace: Workspace) -> dict[str, str]:
 
 
 def _check_free_space(settings: Settings, workspace: Workspace, claim: Claim) -> None:
+    """Refuse a job that cannot fit, before anything is fetched.
+
+    On the scratch disk: the source, if it is fetched (texts are not counted, nobody says beforehand how long they are), and
+    the artifact. Finished blocks are files of the artifact. A store that is a folder on the same disk gives them second
+    names, which take no room; where the disk knows no such names it takes the artifact's bytes twice more, for the blocks
+    kept and for the artifact. A folder on another disk needs those there. What is free in a bucket nobody tells.
+    """
     plan: dict[str, Any] = claim.plan or {}
     components = plan.get("components", {})
     # The cache and the overhead that the target also bounds are never on disk.
-    needed = plan.get("bytes_after", 0) - components.get("kv_cache", 0) - components.get("overhead", 0)
-    if not str(claim.request.get("model", "")).startswith("file://"):
-        needed += plan.get("bytes_before", 0)
-    free = shutil.disk_usage(workspace.folder).free
-    if free - needed < settings.min_free_bytes:
-        raise DiskFull(
-            f"the job needs {needed} bytes of scratch space and {settings.min_free_bytes} must stay free; there are {free}"
-        )
+    artifact = plan.get("bytes_after", 0) - components.get("kv_cache", 0) - components.get("overhead", 0)
+    is_fetched = not str(claim.request.get("model", "")).startswith("file://")
+    needed, stored = artifact + (plan.get("bytes_before", 0) if is_fetched else 0), 2 * artifact
+    store = open_storage(settings)
+    if isinstance(store, FolderStorage) and not store.links_from(workspace.temporary):
+        if _is_on_disk_of(settings.objects_folder, workspace.folder):
+            needed += stored
+        else:
+            _require(store.free_bytes(), stored, settings.min_free_bytes, "in the store")
+    _require(shutil.disk_usage(workspace.folder).free, needed, settings.min_free_bytes, "of scratch space")
+
+
+def _is_on_disk_of(folder: Path, other: Path) -> bool:
+    return folder.stat().st_dev == other.stat().st_dev
+
+
+def _require(free: int, needed: int, kept: int, where: str) -> None:
+    if free - needed < kept:
+        raise DiskFull(f"the job needs {needed} bytes {where} and {kept} must stay free; there are {free}")

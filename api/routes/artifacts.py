@@ -2,6 +2,10 @@
 
 A file is served to a caller whose key may read the job, or to anyone with a signed link. Its ETag is its sha256, so a
 download that was cut continues with ``Range`` and ``If-Match``.
+
+Where artifacts lie in a bucket, no byte of them passes through here: links are presigned by the bucket's credentials, and
+the file's own address answers 307 with such a link. Range and conditions are then the S3 server's business, by the ETag that
+it makes itself; the sha256 stands in the manifest.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from api.dependencies import ArtifactReader, Credentials, Reader, Running, admit
 from api.errors import Problem
 from api.headers import names_tag, range_of, require_accept
 from api.schemas import ArtifactFile, ArtifactView
-from api.signing import Link, expiry
+from api.service import Service
+from api.signing import LONGEST_S, Link, expiry
 from api.views import as_json, moment
 from jobs.database import UnitOfWork
 from jobs.ids import parse_job_id
-from jobs.storage import Manifest, Storage, as_manifest, media_type
+from jobs.storage import Manifest, ManifestFile, Storage, as_manifest, media_type
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/artifact", tags=["artifacts"])
 
@@ -53,10 +58,7 @@ def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service
     require_accept(request.headers, "application/json")
     manifest, prefix, profile = _published(work, caller.name, job_id)
     expires = expiry()
-    files = [
-        ArtifactFile(**file, url=service.signer.url(Link(job_id, _attempt_of(prefix), file["path"], file["sha256"], expires)))
-        for file in manifest["files"]
-    ]
+    files = [ArtifactFile(**file, url=_url(service, job_id, prefix, file, expires)) for file in manifest["files"]]
     until = moment(datetime.fromtimestamp(expires, UTC)) or ""
     return as_json(ArtifactView(files=files, bytes=manifest["bytes"], profile=profile, expires_at=until))
 
@@ -68,6 +70,7 @@ def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service
         200: {"description": "The file.", "content": {"application/octet-stream": {}}},
         206: {"description": "The range that was asked for.", "content": {"application/octet-stream": {}}},
         304: {"description": "The caller's copy is still right."},
+        307: {"description": "The file lies in a bucket; Location is good for a quarter of an hour."},
         **problems(401, 403, 404, 409, 412, 416),
     },
     openapi_extra={"parameters": FILE_HEADERS},
@@ -93,7 +96,17 @@ def get_file(
     else:
         caller = admit(service.settings, credentials, "artifacts:read")
         file = _listed_file(work, caller.name, job_id, path)
+    method = "HEAD" if getattr(request.state, "head", False) else "GET"
+    url = service.storage.link(file.key, LONGEST_S, PurePosixPath(file.path).name, method)
+    if url is not None:
+        return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
     return _serve(request, service.storage, file)
+
+
+def _url(service: Service, job_id: str, prefix: str, file: ManifestFile, expires: int) -> str:
+    name = PurePosixPath(file["path"]).name
+    presigned = service.storage.link(f"{prefix}{file['path']}", LONGEST_S, name)
+    return presigned or service.signer.url(Link(job_id, _attempt_of(prefix), file["path"], file["sha256"], expires))
 
 
 def _linked_file(work: UnitOfWork, link: Link) -> StoredFile:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from compression.errors import NotAvailable
 from compression.recipe import STEPS, AnyStep, Recipe, step_schema
-from compression.request import Compression, InlineText
+from compression.request import Compression
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,9 @@ def check_request(request: Compression) -> None:
 
 def missing_in(request: Compression) -> Iterator[Missing]:
     """Yield everything in the request that is not built yet, with what to use instead."""
-    if request.model.startswith("s3://"):
-        yield Missing("/model", "models in s3:// are not available yet; use a hub id or file:///...")
     if isinstance(request.recipe, Recipe):
         for position, step in enumerate(request.recipe.steps):
             yield from _missing_in_step(step, f"/recipe/steps/{position}")
-    yield from _missing_in_text(request)
     if request.evaluation.benchmarks:
         yield Missing("/evaluation/benchmarks", "benchmarks are not available yet; perplexity and divergence are measured always")
     if request.evaluation.speed:
@@ -196,15 +193,3 @@ def _missing_in_step(step: AnyStep, pointer: str) -> Iterator[Missing]:
 def _choices(step: AnyStep, setting: str) -> list[str]:
     """Return the values that a setting's schema lists."""
     return step_schema(type(step))["properties"][setting]["enum"]
-
-
-def _missing_in_text(request: Compression) -> Iterator[Missing]:
-    source = request.calibration.source
-    sources: dict[str, str | InlineText] = {"/evaluation/perplexity/source": request.evaluation.perplexity.source}
-    if isinstance(source, tuple):
-        sources |= {f"/calibration/source/{position}/source": domain.source for position, domain in enumerate(source)}
-    else:
-        sources["/calibration/source"] = source
-    for pointer, text in sources.items():
-        if isinstance(text, str) and text.startswith("s3://"):
-            yield Missing(pointer, "text in s3:// is not available yet; use hub:..., file://... or inline text")

@@ -5,6 +5,7 @@
                         "text", a document per row); every one but parquet also as .gz
     hub:<dataset>[:config][:split]   the column "text" of a Hugging Face dataset, streamed; split "train" unless named.
                         One name alone is a config if the dataset has one of that name, else a split.
+    s3://...            what the service has fetched: a file of the same kinds, given by ``text_copies``
     default             text that every CPython carries: ``pydoc_data.topics`` for calibration, the docstrings of
                         EVALUATION_MODULES for evaluation. The modules are parsed, never imported.
 
@@ -20,8 +21,9 @@ import json
 import platform
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
@@ -44,6 +46,8 @@ EVALUATION_MODULES = (
 )  # fmt: skip
 """Standard-library files, in every CPython from 3.11 to 3.13, that share no sentence with ``pydoc_data.topics``."""
 
+_COPIES: ContextVar[Mapping[str, Path] | None] = ContextVar("copies", default=None)
+
 Purpose = Literal["calibration", "evaluation"]
 
 
@@ -53,6 +57,16 @@ class Piece:
 
     text: str
     last: bool
+
+
+@contextmanager
+def text_copies(copies: Mapping[str, Path]) -> Generator[None]:
+    """Read these sources from files on this machine. The request and the report go on naming where the text came from."""
+    token = _COPIES.set(copies)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
 
 
 def read_documents(source: str | InlineText, purpose: Purpose, *, pointer: str) -> Iterator[Piece]:
@@ -96,7 +110,9 @@ def _documents(source: str | InlineText, purpose: Purpose) -> Iterator[Iterable[
         from compression.text.hub import stream_texts
 
         return ([text] for text in stream_texts(source))
-    raise NotAvailable(f"text from {source!r} is not available yet; use file://, hub: or inline text")
+    if (copy := (_COPIES.get() or {}).get(source)) is not None:
+        return _file_documents(copy)
+    raise NotAvailable(f"{source!r} was not fetched; only the service reads buckets: use file://, hub: or inline text")
 
 
 def _cut(chunks: Iterable[str]) -> Iterator[Piece]:

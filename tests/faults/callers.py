@@ -20,7 +20,9 @@ _GIVE_UP_S = 300.0
 class Caller(threading.Thread):
     """One caller, until each of its jobs is over."""
 
-    def __init__(self, house: House, history: History, number: int, bodies: list[dict[str, Any]], *, cancels: float = 0.0) -> None:
+    def __init__(
+        self, house: House, history: History, number: int, bodies: list[dict[str, Any]], *, cancels: float = 0.0
+    ) -> None:
         """``cancels``: share of its jobs that it cancels."""
         super().__init__(name=f"caller-{number}", daemon=True)
         self._house, self._history, self._number, self._bodies, self._cancels = house, history, number, bodies, cancels

@@ -1,120 +1,37 @@
-"""Where results go: a folder now, a bucket later, behind one interface.
+"""The store on a local disk: a folder.
 
-An artifact is a set of files under a prefix that belongs to one attempt of one job (``artifacts/<job>/a<fence>/``).
-Every file is written beside its place, hashed, forced to disk and renamed; ``manifest.json`` comes last, and an
-artifact without one does not exist. A prefix is written once. What a killed worker leaves is found by ``list``
-and removed by ``delete``, like everything else.
-
-Keys are relative POSIX paths of plain names. Links are never followed and never stored.
+Every file is written beside its place, hashed, forced to disk and renamed. A file on the same disk gets a second name
+instead of a copy. The API serves what lies here itself, under links that it signs.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import stat
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypedDict
+from typing import BinaryIO, Literal
 
 from compression.errors import DiskFull, SlimtrimError
 from jobs.errors import StorageUnavailable
-from jobs.settings import Settings
+from jobs.storage.interface import NOTHING_KNOWN, TEMPORARY, KnownObject, ObjectNotFound, checked_parts
+from jobs.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    ManifestFile,
+    files_below,
+    hash_file,
+    manifest_bytes,
+    manifest_of,
+    media_type,
+)
 
-MANIFEST = "manifest.json"
-_TEMPORARY = ".part-"
 _CHUNK = 2**20
 _TRIES = 100
-
-MEDIA_TYPES = {
-    ".safetensors": "application/vnd.safetensors",
-    ".json": "application/json",
-    ".jsonl": "application/jsonl",
-    ".md": "text/markdown; charset=utf-8",
-    ".txt": "text/plain; charset=utf-8",
-    ".jinja": "text/plain; charset=utf-8",
-    ".yaml": "application/yaml",
-    ".html": "text/html; charset=utf-8",
-    ".py": "text/x-python; charset=utf-8",
-}
-
-
-class ObjectNotFound(StorageUnavailable):
-    """There is no object of that key; asking again does not help."""
-
-    retryable = False
-
-
-class ManifestFile(TypedDict):
-    """One file of an artifact; ``path`` is relative to the artifact."""
-
-    path: str
-    bytes: int
-    sha256: str
-    media_type: str
-
-
-class Manifest(TypedDict):
-    """Every file of an artifact, and their bytes together."""
-
-    files: list[ManifestFile]
-    bytes: int
-
-
-class Storage(Protocol):
-    """Where artifacts are kept."""
-
-    def put_artifact(self, prefix: str, folder: Path) -> Manifest:
-        """Store a folder's files under ``prefix``, the manifest last, and return the manifest."""
-        ...
-
-    def open(self, key: str, start: int = 0) -> BinaryIO:
-        """Return an object's bytes as a stream that begins at ``start``."""
-        ...
-
-    def size(self, key: str) -> int:
-        """Return the bytes in an object."""
-        ...
-
-    def list(self, prefix: str = "") -> list[str]:
-        """Return every key below ``prefix``, sorted, those of unfinished artifacts included."""
-        ...
-
-    def delete(self, prefix: str) -> None:
-        """Remove everything below ``prefix``, or the one object of that key; nothing there is fine too."""
-        ...
-
-    def free_bytes(self) -> int:
-        """Return how many more bytes can be stored."""
-        ...
-
-    def check(self) -> None:
-        """Write, read back and remove a small object; raises StorageUnavailable when that fails."""
-        ...
-
-
-def open_storage(settings: Settings) -> Storage:
-    """Return the store that the settings name; they refuse what is not built, by name, at start-up."""
-    return FolderStorage(settings.objects_folder)
-
-
-def manifest_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest in the one spelling that is stored and hashed."""
-    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def manifest_sha256(manifest: Manifest) -> str:
-    """Return the hash that stands for the whole artifact, since the manifest holds every file's own."""
-    return hashlib.sha256(manifest_bytes(manifest)).hexdigest()
-
-
-def as_manifest(data: dict[str, Any]) -> Manifest:
-    """Return a manifest read back from JSON, with its types."""
-    return Manifest(files=[ManifestFile(**file) for file in data["files"]], bytes=data["bytes"])
 
 
 class FolderStorage:
@@ -126,22 +43,48 @@ class FolderStorage:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._root = root.resolve()
 
-    def put_artifact(self, prefix: str, folder: Path) -> Manifest:
-        """Store a folder's files under ``prefix``, the manifest last, and return the manifest."""
+    def put_artifact(self, prefix: str, folder: Path, known: Mapping[str, KnownObject] = NOTHING_KNOWN) -> Manifest:
+        """Store a folder's files under ``prefix``, the manifest last; ``known`` ones as second names of stored objects."""
         target = self._path(prefix)
         self._check_root()
         if target.exists():
             raise StorageUnavailable(f"{prefix!r} is already written, and a prefix is written once")
         try:
             with _named_errors(prefix):
-                files = [_put_file(source, target, name) for name, source in _files_below(folder)]
-                manifest = Manifest(files=files, bytes=sum(file["bytes"] for file in files))
+                files = [
+                    _put(self._known(known.get(name), source) or source, target / name, name)
+                    for name, source in files_below(folder)
+                ]
+                manifest = manifest_of(files)
                 _write_bytes(manifest_bytes(manifest), target / MANIFEST)
                 self._sync_parents(target)
         except SlimtrimError:
             self.delete(prefix)  # a full disk must not stay full of half an artifact
             raise
         return manifest
+
+    def put_file(self, key: str, path: Path) -> ManifestFile:
+        """Store one file whole or not at all; storing equal bytes again changes nothing."""
+        place = self._path(key)
+        self._check_root()
+        with _named_errors(key):
+            if path.is_symlink() or not path.is_file():
+                raise StorageUnavailable(f"{path.name!r} is not a file, so it is not stored")
+            stored = _put(path, place, path.name)
+            self._sync_parents(place.parent)
+        return stored
+
+    def get_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Make ``path`` a copy of an object, whole or not at all.
+
+        Never a second name of it: what is written to the copy later must not change the object.
+        """
+        with _named_errors(key), beside(path) as temporary:
+            with self.open(key) as stream, temporary.open("wb") as file:
+                shutil.copyfileobj(stream, file, _CHUNK)
+            if sha256 is not None and hash_file(temporary)[1] != sha256:
+                raise StorageUnavailable(f"{key!r} does not hold the bytes that were stored")
+            temporary.rename(path)
 
     def open(self, key: str, start: int = 0) -> BinaryIO:
         """Return an object's bytes as a stream that begins at ``start``."""
@@ -179,15 +122,42 @@ class FolderStorage:
                 target.unlink(missing_ok=True)
             self._remove_empty_parents(target)
 
+    def link(self, key: str, expires_s: int, file_name: str, method: Literal["GET", "HEAD"] = "GET") -> None:
+        """Return None: a folder serves no HTTP, so the API makes links of its own."""
+
+    def sweep_uploads(self, older_than_s: float) -> int:
+        """Remove unfinished files that were begun longer ago, and return how many there were."""
+        before, swept = time.time() - older_than_s, 0
+        with _named_errors("the store"):
+            for path in _regular_files(self._root):
+                # ctime, not mtime: a second name of an old file is new.
+                if path.name.startswith(TEMPORARY) and path.lstat().st_ctime < before:
+                    path.unlink(missing_ok=True)
+                    swept += 1
+        return swept
+
     def free_bytes(self) -> int:
         """Return how many more bytes can be stored."""
         with _named_errors("the store"):
             return shutil.disk_usage(self._root).free
 
+    def links_from(self, folder: Path) -> bool:
+        """Say whether files of that folder are stored as second names, which take no room."""
+        source, name = folder / _unfinished("probe"), self._root / _unfinished("probe")
+        try:
+            source.touch()
+            os.link(source, name)
+        except OSError:
+            return False
+        finally:
+            source.unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
+        return True
+
     def check(self) -> None:
         """Write, read back and remove a small object; raises StorageUnavailable when that fails."""
         self._check_root()
-        probe = self._root / f"{_TEMPORARY}{os.urandom(8).hex()}"
+        probe = self._root / _unfinished("probe")
         with _named_errors("the store"):
             try:
                 _write_bytes(b"probe", probe)
@@ -203,13 +173,21 @@ class FolderStorage:
 
     def _path(self, key: str) -> Path:
         """Turn a key into a path below the root; a key is our own, but it ends up in a path, so it is checked."""
-        parts = key.removesuffix("/").split("/")
-        if not all(part.isprintable() and part not in ("", ".", "..") and "\\" not in part for part in parts):
-            raise ObjectNotFound(f"{key!r} is not the key of an object")
-        path = self._root.joinpath(*parts)
+        path = self._root.joinpath(*checked_parts(key))
         if path.parent.resolve() != path.parent:
             raise ObjectNotFound(f"there is no object {key!r}")
         return path
+
+    def _known(self, known: KnownObject | None, source: Path) -> Path | None:
+        """Return the stored file that holds the source's bytes, if the store has them as it was told."""
+        if known is None:
+            return None
+        try:
+            stored = self._path(known.key)
+            is_there = stored.lstat().st_size == known.bytes and stat.S_ISREG(stored.lstat().st_mode)
+        except (OSError, ObjectNotFound):
+            return None
+        return stored if is_there and hash_file(source) == hash_file(stored) == (known.bytes, known.sha256) else None
 
     def _open(self, key: str) -> int:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -236,37 +214,42 @@ class FolderStorage:
                 return
 
 
-def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each regular file of a folder with its relative name, in one order on every machine."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise StorageUnavailable(f"{path.name!r} is neither a file nor a folder, so it is not stored")
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            if name == MANIFEST:
-                raise StorageUnavailable(f"{MANIFEST} is written by the store; the artifact may not bring its own")
-            yield name, path
-
-
 def _regular_files(start: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(start, followlinks=False):
         yield from (Path(folder, name) for name in names)
 
 
-def _put_file(source: Path, target: Path, name: str) -> ManifestFile:
+def _put(source: Path, place: Path, name: str) -> ManifestFile:
     """Store one file: a second name for the same bytes on the same disk, else a copy. Hashed either way."""
-    place = target / name
     _make_folder(place.parent)
-    temporary = place.with_name(f"{_TEMPORARY}{place.name}")
-    temporary.unlink(missing_ok=True)
+    temporary = place.with_name(_unfinished(place.name))
     try:
-        os.link(source, temporary)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, temporary)
-    size, sha256 = _sync_and_hash(temporary)
-    temporary.rename(place)
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, temporary)
+        size, sha256 = _sync_and_hash(temporary)
+        temporary.rename(place)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(place.parent)
     return ManifestFile(path=name, bytes=size, sha256=sha256, media_type=media_type(name))
+
+
+@contextmanager
+def beside(path: Path) -> Generator[Path]:
+    """Give a place for an unfinished file beside ``path``; what is still there at the end goes."""
+    temporary = path.with_name(_unfinished(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unfinished(name: str) -> str:
+    """Return a name for an unfinished file; two who store the same file must not share one."""
+    return f"{TEMPORARY}{os.urandom(8).hex()}-{name[-40:]}"
 
 
 def _make_folder(path: Path) -> None:
@@ -280,25 +263,16 @@ def _make_folder(path: Path) -> None:
     raise StorageUnavailable(f"the folder of {path.name!r} cannot be made")
 
 
-def media_type(name: str) -> str:
-    """Return the media type that a file is served with."""
-    return MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-
-
 def _sync_and_hash(path: Path) -> tuple[int, str]:
     """Force a file to disk, then hash what can be read back from it."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
+    return hash_file(path)
 
 
 def _write_bytes(data: bytes, place: Path) -> None:
     _make_folder(place.parent)
-    temporary = place.with_name(f"{_TEMPORARY}{place.name}")
+    temporary = place.with_name(_unfinished(place.name))
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
