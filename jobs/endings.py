@@ -99,5 +99,6 @@ def _made_a_block(hold: Hold) -> ColumnElement[bool]:
 
 
 def _exhausted(hold: Hold, cause: Cause) -> Cause:
-    message = f"{hold.max_attempts} attempts in a row ended early without a finished block; the last one with {cause.code}: {cause.message}"
+    row = f"{hold.max_attempts} attempts in a row ended early without a finished block"
+    message = f"{row}; the last one with {cause.code}: {cause.message}"
     return Cause("attempts_exhausted", message, retryable=False)

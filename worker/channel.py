@@ -1,7 +1,7 @@
 """The child's end of the line to its worker (the other end is ``process.py``).
 
-Work arrives as the first JSON line on standard input, renewals of the lease and answers after it. Events and questions leave as JSON lines on a
-pipe of their own. When standard input ends, the worker is gone, and so is this process.
+Work arrives as the first JSON line on standard input, renewals of the lease and answers after it. Events and questions
+leave as JSON lines on a pipe of their own. When standard input ends, the worker is gone, and so is this process.
 """
 
 from __future__ import annotations

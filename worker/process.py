@@ -69,7 +69,8 @@ def run_child(
     """Run ``python -m <arguments>`` to its end and return its result line.
 
     Raises ``Interrupted`` when the leash was pulled: the child was asked to stop, and killed after the reason's grace
-    (0 when it has none). ``on_event`` may answer a line, now or later and from any thread. Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
+    (0 when it has none). Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
+    ``on_event`` may answer a line, now or later and from any thread.
     """
     leash.check()
     child = _Child(arguments, environment)
@@ -134,7 +135,7 @@ class _Child:
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
 
-    def next(self, kill_at: float) -> Line | Interruption | float | None:
+    def next(self, kill_at: float) -> Line | Interruption | float | _Answer | None:
         """Return what comes next, None at the end; kill the child when its time is over."""
         while True:
             if time.monotonic() >= kill_at:

@@ -1,7 +1,8 @@
 """Stand-ins for the library, run by a real worker in a real child process instead of ``compression.pipeline:compress``.
 
 What a stand-in does is written in the request's inline calibration text, as JSON: ``blocks``, ``block_s`` (seconds a
-block takes), ``ending``, and ``keeps``: whether finished blocks outlive the attempt. Everything around it - rows, queue, processes, storage - is the real thing.
+block takes), ``ending``, and ``keeps``: whether finished blocks outlive the attempt. Everything around it - rows, queue,
+processes, storage - is the real thing.
 """
 
 from __future__ import annotations
