@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +78,14 @@ def s3() -> Iterator[S3]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def _shared_bucket(s3: S3) -> Bucket:
+    return s3.fresh_bucket()
+
+
 @pytest.fixture
-def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """An empty bucket of that server, with its credentials in the environment, where boto3 looks for them."""
-    made = s3.fresh_bucket()
+def bucket(_shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty prefix in a bucket of that server, with its credentials in the environment, where boto3 looks for them."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, made.environment[name])
-    return made
+        monkeypatch.setenv(name, _shared_bucket.environment[name])
+    return replace(_shared_bucket, prefix=f"things/{secrets.token_hex(6)}")

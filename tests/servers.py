@@ -120,6 +120,7 @@ class Bucket:
     endpoint: str
     access_key: str
     secret_key: str
+    prefix: str = "things"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -128,13 +129,13 @@ class Bucket:
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "SLIMTRIM_S3_ENDPOINT_URL": self.endpoint,
-            "SLIMTRIM_STORAGE_URL": f"s3://{self.name}/things",
+            "SLIMTRIM_STORAGE_URL": f"s3://{self.name}/{self.prefix}",
         }
 
     @property
     def settings(self) -> dict[str, str]:
         """Arguments for ``Settings``."""
-        return {"s3_endpoint_url": self.endpoint, "storage_url": f"s3://{self.name}/things"}
+        return {"s3_endpoint_url": self.endpoint, "storage_url": f"s3://{self.name}/{self.prefix}"}
 
     @property
     def port(self) -> int:
@@ -163,7 +164,7 @@ class S3:
         return Bucket("", self.endpoint, self.access_key, self.secret_key).client()
 
     def fresh_bucket(self) -> Bucket:
-        """Return a new, empty bucket."""
+        """Return a new, empty bucket. The server makes seven volumes for each at its first object, so use them sparingly."""
         name = f"test-{secrets.token_hex(6)}"
         self.client().create_bucket(Bucket=name)
         return Bucket(name, self.endpoint, self.access_key, self.secret_key)
@@ -232,12 +233,14 @@ def an_s3() -> Iterator[S3]:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }  # fmt: skip
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        ports = free_ports(7)
-        names = ("s3.port", "master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
+        ports = free_ports(8)
+        # Without a port of its own for gRPC, SeaweedFS adds 10 000 to the first, which may be more than there are.
+        names = [f"{name}.port{kind}" for kind in ("", ".grpc") for name in ("s3", "master", "volume", "filer")]
         command = [
             program, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
-            f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-master.telemetry=false", "-master.volumeSizeLimitMB=256",
-            "-volume.max=24", *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
+            f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=256", "-volume.max=400",
+            *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
         ]  # fmt: skip
         endpoint = f"http://127.0.0.1:{ports[0]}"
         served = S3(Server(command, folder, lambda: _answers_s3(served)), endpoint, access_key, secret_key)

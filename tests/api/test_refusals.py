@@ -117,8 +117,6 @@ def test_every_fault_is_told_at_once(face: Face):
     ("members", "pointer"),
     [
         ({"webhook": {"url": "https://example.org/x"}}, "/webhook"),
-        ({"model": "s3://bucket/prefix"}, "/model"),
-        ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
         ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
         ({"evaluation": {"speed": True}}, "/evaluation/speed"),
         ({"recipe": {"steps": [{"step": "recover", "method": "lora"}]}}, "/recipe/steps/0/step"),

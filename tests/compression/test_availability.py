@@ -38,13 +38,6 @@ NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
     ({"step": "recover", "method": "router_distill"}, "/step", "recover"),
 ]
 SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
-    ({"model": "s3://bucket/model"}, "/model"),
-    ({"calibration": {"source": "s3://bucket/text"}}, "/calibration/source"),
-    (
-        {"calibration": {"source": [{"source": "hub:a/b"}, {"source": "s3://bucket/text"}]}},
-        "/calibration/source/1/source",
-    ),
-    ({"evaluation": {"perplexity": {"source": "s3://bucket/text"}}}, "/evaluation/perplexity/source"),
     ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
     ({"evaluation": {"speed": True}}, "/evaluation/speed"),
 ]

@@ -15,7 +15,7 @@ import pytest
 
 from compression.errors import NotAvailable, ValidationFailed
 from compression.request import InlineText
-from compression.text.documents import EVALUATION_MODULES, PIECE, Piece, describe_source, docstrings, read_documents
+from compression.text.documents import EVALUATION_MODULES, PIECE, Piece, describe_source, docstrings, read_documents, text_copies
 
 DOCUMENTS = ("First.\nTwo lines.\r\n", "Second, with ünïcode — and a tab\t.", "Third")
 POINTER = "/calibration/source"
@@ -184,9 +184,15 @@ def test_a_file_source_names_an_absolute_path(source: str) -> None:
         _read(source)
 
 
-def test_a_bucket_is_not_available_yet() -> None:
+def test_text_in_a_bucket_is_read_from_its_copy_and_named_by_its_place(tmp_path: Path) -> None:
+    (tmp_path / "copy.txt").write_text("one line\n")
+    source = "s3://bucket/a.txt"
+
+    with text_copies({source: tmp_path / "copy.txt"}):
+        assert _read(source) == _read(f"file://{tmp_path}/copy.txt")
+        assert describe_source(source, "calibration") == source
     with pytest.raises(NotAvailable, match=r"s3://bucket/a\.txt") as caught:
-        _read("s3://bucket/a.txt")
+        _read(source)
 
     assert caught.value.pointer == POINTER
 

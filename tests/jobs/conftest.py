@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 from sqlalchemy import select, update
@@ -16,6 +17,7 @@ from jobs.database import UnitOfWork, make_engine, migrate, reader_maker, sessio
 from jobs.endings import Cause
 from jobs.settings import Settings
 from jobs.status import HELD, TERMINAL, JobStatus
+from jobs.storage import FolderStorage, S3Storage, Storage
 from jobs.tables import Job, JobAttempt, JobEvent, no_progress
 
 OWNER = "ann"
@@ -132,3 +134,26 @@ WRITES: dict[str, Callable[[UnitOfWork, Claim], Any]] = {
     "release": lambda work, claim: work.attempts.release(claim),
 }
 """Everything that a worker may write under its claim."""
+
+
+PREFIX = "artifacts/job_1/a1/"
+FILES = {"config.json": b"{}", "model.safetensors": os.urandom(2**20 + 5), "sub/merges.txt": b"a b\n", "empty": b""}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with FILES, to be stored under PREFIX."""
+    made = tmp_path / "out"
+    for name, content in FILES.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(content)
+    return made
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty store, of either kind in turn."""
+    kind: Literal["folder", "s3"] = request.param
+    if kind == "folder":
+        return FolderStorage(tmp_path / "store")
+    return S3Storage(Settings(data_dir=tmp_path / "data", **request.getfixturevalue("bucket").settings))

@@ -26,13 +26,13 @@ from compression.errors import (
     DownloadFailed,
     GatedModel,
     ModelNotFound,
-    NotAvailable,
     RequestError,
     SourceNotAllowed,
     SourceUnavailable,
     ValidationFailed,
 )
 from compression.request import Compression
+from jobs.bucket_files import Place
 from jobs.settings import Settings
 from jobs.sources import FolderSource, HubSource, check_text_sources, fetch, parse, read_checkpoint_of
 from tests.api.checkpoints import CONFIG, mixtral_shapes, tensor_bytes, write_mixtral, write_sharded
@@ -90,16 +90,11 @@ def test_what_is_neither_repository_nor_path_is_refused(model: str):
     assert caught.value.pointer == "/model"
 
 
-def test_a_bucket_is_refused_by_name():
-    with pytest.raises(NotAvailable, match="s3://"):
-        parse("s3://bucket/prefix")
-
-
 @given(st.text(max_size=60))
 def test_parsing_never_fails_with_anything_but_a_named_refusal(model: str):
-    for text in (model, f"file:///{model}", f"a/{model}"):
+    for text in (model, f"file:///{model}", f"a/{model}", f"s3://{model}"):
         with suppress(RequestError):
-            assert isinstance(parse(text), HubSource | FolderSource)
+            assert isinstance(parse(text), HubSource | FolderSource | Place)
 
 
 def test_a_folder_below_any_root_is_read_in_place(settings: Settings, tmp_path: Path):

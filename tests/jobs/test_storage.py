@@ -1,8 +1,7 @@
-"""The store: whole or not at all, hashed, and nothing outside its root."""
+"""What every store does: whole or not at all, hashed, and the manifest last. A folder and a bucket in turn."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -11,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-import jobs.storage
-from compression.errors import DiskFull
+from compression.errors import SlimtrimError
 from jobs.errors import StorageUnavailable
 from jobs.settings import Settings
 from jobs.storage import (
     MANIFEST,
     FolderStorage,
+    KnownObject,
     ObjectNotFound,
+    S3Storage,
     Storage,
     as_manifest,
     manifest_bytes,
@@ -29,28 +27,9 @@ from jobs.storage import (
     media_type,
     open_storage,
 )
+from tests.jobs.conftest import FILES, PREFIX
 
-PREFIX = "artifacts/job_1/a1/"
-FILES = {"config.json": b"{}", "model.safetensors": os.urandom(2**20 + 5), "sub/merges.txt": b"a b\n", "empty": b""}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FolderStorage:
-    return FolderStorage(tmp_path / "store")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "out"
-    for name, content in FILES.items():
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        (made / name).write_bytes(content)
-    return made
-
-
-def on_disk(tmp_path: Path) -> list[str]:
-    root = tmp_path / "store"
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+WEIGHTS = "model.safetensors"
 
 
 def test_what_is_put_comes_back_and_the_manifest_says_what_it_is(store: Storage, folder: Path):
@@ -85,81 +64,12 @@ def test_a_stream_may_begin_anywhere(store: Storage, folder: Path):
         assert stream.read() == FILES["model.safetensors"][2**20 :]
 
 
-def test_the_stored_bytes_are_those_that_were_hashed_even_on_another_disk(
-    store: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    linked = store.put_artifact(PREFIX, folder)
-
-    def another_disk(*_: Any) -> None:
-        raise OSError(errno.EXDEV, "another disk")
-
-    monkeypatch.setattr(os, "link", another_disk)
-    copied = store.put_artifact("artifacts/job_1/a2", folder)
-
-    assert copied == linked
-    assert [store.size(f"artifacts/job_1/a2/{name}") for name in FILES] == [len(content) for content in FILES.values()]
-
-
 def test_scratch_that_is_removed_or_rewritten_does_not_touch_what_was_stored(store: Storage, folder: Path):
     store.put_artifact(PREFIX, folder)
     shutil.rmtree(folder)
 
     with store.open(f"{PREFIX}config.json") as stream:
         assert stream.read() == b"{}"
-
-
-def test_the_manifest_comes_last(store: FolderStorage, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Killed before the last step, there is no artifact; what is left is found and removed like any other."""
-    rename = Path.rename
-    renamed: list[str] = []
-
-    def noted(self: Path, target: Path) -> Path:
-        renamed.append(target.name)
-        if target.name == MANIFEST:
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", noted)
-    with pytest.raises(KeyboardInterrupt):
-        store.put_artifact(PREFIX, folder)
-
-    assert renamed == ["config.json", "empty", "model.safetensors", "merges.txt", MANIFEST]
-    assert f"{PREFIX}{MANIFEST}" not in store.list()
-    assert store.list() != []
-    store.delete(PREFIX)
-    assert on_disk(tmp_path) == store.list() == []
-
-
-def test_a_full_disk_is_named_and_leaves_no_half_artifact(
-    store: Storage, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    fsync = os.fsync
-    calls = iter(range(100))
-
-    def full(descriptor: int) -> None:
-        if next(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFull):
-        store.put_artifact(PREFIX, folder)
-
-    assert on_disk(tmp_path) == []
-
-
-def test_every_file_is_forced_to_disk_before_the_manifest_names_it(store: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    fsync, synced = os.fsync, list[str]()
-
-    def noted(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removeprefix(".part-"))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    store.put_artifact(PREFIX, folder)
-
-    assert {Path(name).name for name in FILES} | {"a1", "sub", "job_1", "artifacts", "store"} <= set(synced)
-    assert synced.index(MANIFEST) > max(synced.index(Path(name).name) for name in FILES)
 
 
 def test_a_prefix_is_written_once(store: Storage, folder: Path):
@@ -174,99 +84,12 @@ def test_a_prefix_is_written_once(store: Storage, folder: Path):
         assert hashlib.sha256(stream.read()).hexdigest() == first["files"][0]["sha256"]
 
 
-def test_deleting_is_idempotent_and_takes_nothing_else(store: Storage, folder: Path, tmp_path: Path):
-    store.put_artifact(PREFIX, folder)
-    store.put_artifact("artifacts/job_1/a2/", folder)
-    store.put_artifact("artifacts/job_2/a1/", folder)
-
-    for _ in range(2):
-        store.delete(PREFIX)
-    store.delete("artifacts/job_9/a1/")
-
-    assert {key.rsplit("/a", 1)[0] + "/a" + key.rsplit("/a", 1)[1][0] for key in store.list()} == {
-        "artifacts/job_1/a2", "artifacts/job_2/a1"
-    }  # fmt: skip
-    store.delete("artifacts/job_1/a2")
-    assert not (tmp_path / "store/artifacts/job_1").exists(), "empty folders go too"
-
-
-def test_a_folder_that_a_deletion_clears_away_is_made_again(store: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Deleting a job's last artifact removes its empty folder; another attempt may be about to write below it."""
-    mkdir = Path.mkdir
-    lost = iter([True, True])
-
-    def cleared(self: Path, *arguments: Any, **options: Any) -> None:
-        if self.name == "a1" and next(lost, False):
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-        mkdir(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "mkdir", cleared)
-
-    assert store.put_artifact(PREFIX, folder)["bytes"] > 0
-
-
-def test_a_deletion_cut_short_leaves_no_artifact(store: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    store.put_artifact(PREFIX, folder)
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        store.delete(PREFIX)
-
-    assert f"{PREFIX}{MANIFEST}" not in store.list()
-
-
 def test_one_object_can_be_deleted_by_its_key(store: Storage, folder: Path):
     store.put_artifact(PREFIX, folder)
 
     store.delete(f"{PREFIX}empty")
 
     assert store.list(PREFIX) == sorted(PREFIX + name for name in [*FILES, MANIFEST] if name != "empty")
-
-
-BAD_KEYS = ["../secret", "artifacts/../../secret", "/etc/passwd", "a//b", "a/./b", "", "/", "..", "a\\..\\b", "a\x00b", "a\nb"]
-
-
-@pytest.mark.parametrize("key", BAD_KEYS)
-def test_no_key_leads_out_of_the_root(store: FolderStorage, folder: Path, tmp_path: Path, key: str):
-    (tmp_path / "secret").write_text("secret")
-
-    for call in (store.open, store.size, store.delete, lambda key: store.put_artifact(key, folder)):
-        with pytest.raises(StorageUnavailable):
-            call(key)
-    assert (tmp_path / "secret").read_text() == "secret"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "secret", "store"]
-
-
-@given(st.lists(st.sampled_from(["..", ".", "a", "", "secret", "\\", "/", "%2e%2e", " "]), max_size=6).map("/".join))
-def test_no_key_ever_reads_what_was_not_stored(tmp_path_factory: pytest.TempPathFactory, key: str):
-    root = tmp_path_factory.getbasetemp() / "outer"
-    root.mkdir(exist_ok=True)
-    (root / "secret").write_text("secret")
-
-    with pytest.raises(ObjectNotFound):
-        FolderStorage(root / "store").open(key)
-
-
-def test_links_inside_the_store_are_not_followed(store: Storage, tmp_path: Path):
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside/secret").write_text("secret")
-    root = tmp_path / "store"
-    (root / "folder").symlink_to(tmp_path / "outside")
-    (root / "file").symlink_to(tmp_path / "outside/secret")
-
-    for key in ("folder/secret", "file"):
-        with pytest.raises(ObjectNotFound):
-            store.open(key)
-        with pytest.raises(ObjectNotFound):
-            store.size(key)
-    with pytest.raises(ObjectNotFound):
-        store.delete("folder/secret")
-    store.delete("folder")
-    store.delete("file")
-    assert (tmp_path / "outside/secret").read_text() == "secret"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe"])
@@ -281,7 +104,7 @@ def test_an_artifact_with_a_link_or_a_pipe_is_not_stored(store: Storage, folder:
 
     with pytest.raises(StorageUnavailable, match="z"):
         store.put_artifact(PREFIX, folder)
-    assert on_disk(tmp_path) == []
+    assert store.list() == []
 
 
 def test_an_artifact_may_not_bring_its_own_manifest(store: Storage, folder: Path):
@@ -299,47 +122,6 @@ def test_a_folder_or_nothing_is_no_object(store: Storage, folder: Path):
             store.open(key)
 
 
-def test_a_store_whose_folder_is_gone_is_unavailable_and_is_not_made_anew(store: Storage, folder: Path, tmp_path: Path):
-    store.check()
-    shutil.rmtree(tmp_path / "store")
-
-    for call in (store.check, lambda: store.put_artifact(PREFIX, folder)):
-        with pytest.raises(StorageUnavailable) as caught:
-            call()
-        assert caught.value.retryable
-    assert not (tmp_path / "store").exists()
-
-
-def test_a_check_leaves_nothing_behind_and_reads_what_it_wrote(store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    store.check()
-    assert on_disk(tmp_path) == []
-
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"")
-    with pytest.raises(StorageUnavailable, match="give back"):
-        store.check()
-
-
-def test_free_space_is_that_of_the_stores_disk(store: Storage, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jobs.storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(3, 2, 1))  # pyright: ignore
-
-    assert store.free_bytes() == 1
-
-
-def test_the_store_is_its_owners_alone(store: Storage, folder: Path, tmp_path: Path):
-    store.put_artifact(PREFIX, folder)
-
-    assert [oct((tmp_path / "store" / name).stat().st_mode)[-3:] for name in ("", "artifacts/job_1/a1/sub")] == ["700", "700"]
-
-
-def test_the_settings_say_where_the_store_is(tmp_path: Path, folder: Path):
-    elsewhere = f"file://{tmp_path}/elsewhere"
-    open_storage(Settings(data_dir=tmp_path / "data")).put_artifact(PREFIX, folder)
-    open_storage(Settings(data_dir=tmp_path / "data", storage_url=elsewhere)).put_artifact(PREFIX, folder)
-
-    for root in ("data/objects", "elsewhere"):
-        assert (tmp_path / root / PREFIX / MANIFEST).is_file()
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -351,3 +133,153 @@ def test_the_settings_say_where_the_store_is(tmp_path: Path, folder: Path):
 )
 def test_a_file_has_the_media_type_of_its_ending(name: str, kind: str):
     assert media_type(name) == kind
+
+
+def test_the_settings_say_where_the_store_is(tmp_path: Path, folder: Path):
+    elsewhere = f"file://{tmp_path}/elsewhere"
+    open_storage(Settings(data_dir=tmp_path / "data")).put_artifact(PREFIX, folder)
+    open_storage(Settings(data_dir=tmp_path / "data", storage_url=elsewhere)).put_artifact(PREFIX, folder)
+
+    for root in ("data/objects", "elsewhere"):
+        assert (tmp_path / root / PREFIX / MANIFEST).is_file()
+    assert isinstance(open_storage(Settings(data_dir=tmp_path / "data", storage_url="s3://bucket/prefix")), S3Storage)
+
+
+BAD_KEYS = ["../secret", "artifacts/../../secret", "/etc/passwd", "a//b", "a/./b", "", "/", "..", "a\\..\\b", "a\x00b", "a\nb"]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_no_key_leads_out_of_the_root(store: Storage, folder: Path, tmp_path: Path, key: str):
+    (tmp_path / "secret").write_text("secret")
+    calls = (
+        store.open, store.size, store.delete, lambda key: store.put_artifact(key, folder), lambda key: store.link(key, 9, "x"),
+        lambda key: store.put_file(key, folder / "empty"), lambda key: store.get_file(key, tmp_path / "secret"),
+    )  # fmt: skip
+
+    for call in calls[: 4 if isinstance(store, FolderStorage) else 7]:
+        with pytest.raises(StorageUnavailable):
+            call(key)
+    for call in calls[5:]:
+        with pytest.raises(StorageUnavailable):
+            call(key)
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert store.list() == []
+
+
+def test_deleting_is_idempotent_and_takes_nothing_else(store: Storage, folder: Path):
+    for prefix in (PREFIX, "artifacts/job_1/a10/", "artifacts/job_1/a2/", "artifacts/job_2/a1/"):
+        store.put_artifact(prefix, folder)
+
+    for _ in range(2):
+        store.delete(PREFIX)
+    store.delete("artifacts/job_9/a1/")
+    store.delete("artifacts/job_1/a2")
+
+    assert {"/".join(key.split("/")[:3]) for key in store.list()} == {"artifacts/job_1/a10", "artifacts/job_2/a1"}
+    assert len(store.list()) == 2 * (len(FILES) + 1)
+
+
+def test_a_check_leaves_nothing_behind(store: Storage):
+    store.check()
+
+    assert store.list() == []
+
+
+def test_one_file_goes_in_and_out_whole_and_a_second_time_changes_nothing(store: Storage, folder: Path, tmp_path: Path):
+    first = store.put_file("blocks/ann/f1/shard-1", folder / WEIGHTS)
+    again = store.put_file("blocks/ann/f1/shard-1", folder / WEIGHTS)
+    store.get_file("blocks/ann/f1/shard-1", tmp_path / "deep" / "back", first["sha256"])
+
+    assert first == again
+    assert (first["path"], first["bytes"]) == (WEIGHTS, len(FILES[WEIGHTS]))
+    assert first["sha256"] == hashlib.sha256((tmp_path / "deep" / "back").read_bytes()).hexdigest()
+    assert store.list("blocks") == ["blocks/ann/f1/shard-1"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["back"]
+
+
+def test_other_bytes_under_the_same_key_replace_the_first(store: Storage, folder: Path, tmp_path: Path):
+    store.put_file("blocks/x", folder / WEIGHTS)
+    store.put_file("blocks/x", folder / "config.json")
+    store.get_file("blocks/x", tmp_path / "back")
+
+    assert (tmp_path / "back").read_bytes() == FILES["config.json"]
+
+
+def test_bytes_that_are_not_those_that_were_stored_are_not_handed_out(store: Storage, folder: Path, tmp_path: Path):
+    store.put_file("blocks/x", folder / WEIGHTS)
+    (tmp_path / "back").write_bytes(b"before")
+
+    with pytest.raises(StorageUnavailable) as caught:
+        store.get_file("blocks/x", tmp_path / "back", "0" * 64)
+
+    assert caught.value.retryable
+    assert (tmp_path / "back").read_bytes() == b"before"
+    assert {path.name for path in tmp_path.iterdir()} <= {"back", "out", "store"}
+
+
+def test_what_is_written_to_a_copy_does_not_change_the_object(store: Storage, folder: Path, tmp_path: Path):
+    stored = store.put_file("blocks/x", folder / WEIGHTS)
+    store.get_file("blocks/x", tmp_path / "back")
+    with (tmp_path / "back").open("r+b") as file:
+        file.write(b"changed")
+    store.get_file("blocks/x", tmp_path / "again", stored["sha256"])
+
+    assert (tmp_path / "again").read_bytes() == FILES[WEIGHTS]
+
+
+def test_nothing_is_not_found(store: Storage, tmp_path: Path):
+    for call in (lambda: store.size("blocks/x"), lambda: store.get_file("blocks/x", tmp_path / "back")):
+        with pytest.raises(ObjectNotFound) as caught:
+            call()
+        assert not caught.value.retryable
+    assert not (tmp_path / "back").exists()
+
+
+def known(store: Storage, folder: Path, **changes: Any) -> dict[str, KnownObject]:
+    stored = store.put_file("blocks/x", folder / WEIGHTS)
+    facts = {"key": "blocks/x", "bytes": stored["bytes"], "sha256": stored["sha256"], **changes}
+    return {WEIGHTS: KnownObject(**facts)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sha256": "0" * 64}, {"bytes": 5}, {"key": "blocks/gone"}], ids=["true", "hash", "bytes", "gone"]
+)
+def test_an_artifact_is_the_same_whatever_is_said_to_be_known(store: Storage, folder: Path, changes: dict[str, Any]):
+    plain = store.put_artifact("artifacts/job_1/a1/", folder)
+
+    manifest = store.put_artifact("artifacts/job_1/a2/", folder, known(store, folder, **changes))
+
+    assert manifest == plain
+    store.delete("blocks")
+    with store.open(f"artifacts/job_1/a2/{WEIGHTS}") as stream:
+        assert stream.read() == FILES[WEIGHTS]
+
+
+def test_a_file_that_has_changed_since_it_became_known_is_stored_as_it_is_now(store: Storage, folder: Path):
+    told = known(store, folder)
+    changed = b"x" * len(FILES[WEIGHTS])
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).write_bytes(changed)
+
+    store.put_artifact(PREFIX, folder, told)
+
+    with store.open(PREFIX + WEIGHTS) as stream:
+        assert stream.read() == changed
+
+
+def test_a_stream_from_the_end_is_empty(store: Storage, folder: Path):
+    store.put_artifact(PREFIX, folder)
+
+    for name, content in FILES.items():
+        with store.open(PREFIX + name, len(content)) as stream:
+            assert stream.read() == b""
+
+
+def test_an_error_of_ours_is_all_that_a_store_raises(store: Storage, folder: Path):
+    (folder / "unreadable").mkdir()
+    with pytest.raises(SlimtrimError):
+        store.put_file("blocks/x", folder / "unreadable")
+    with pytest.raises(SlimtrimError):
+        store.put_file("blocks/x", folder / "nothing")
+
+    assert store.list() == []
