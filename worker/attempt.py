@@ -78,8 +78,14 @@ class Attempt:
 
     def _compress(self, workspace: Workspace, model: Path) -> dict[str, Any]:
         studies = self._room.settings.studies_folder
-        work = {"request": self._request(), "model": str(model), "out": str(workspace.out), "studies": str(studies)}
-        return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace))
+        work: dict[str, Any] = {
+            "request": self._request(),
+            "model": str(model),
+            "out": str(workspace.out),
+            "studies": str(studies),
+        }
+        limit = work["host_memory"] = self._room.settings.job_memory_bytes
+        return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace), memory_limit=limit)
 
     def _request(self) -> dict[str, Any]:
         """Return the request with its branch pinned to the commit that was planned; a folder has none."""
@@ -91,10 +97,13 @@ class Attempt:
         work = {"prefix": self._prefix, "folder": str(workspace.out)}
         return self._run(["worker.errand", "store"], work, dict(os.environ))["manifest"]
 
-    def _run(self, arguments: list[str], work: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    def _run(
+        self, arguments: list[str], work: dict[str, Any], environment: dict[str, str], *, memory_limit: int = 0
+    ) -> dict[str, Any]:
         work["log"] = {"service": arguments[0], **(self._log.extra or {})}
         return run_child(
-            arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=self._events.take
+            arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=self._events.take,
+            memory_limit=memory_limit,
         )  # fmt: skip
 
     def _publish(self, success: Success) -> JobStatus | None:

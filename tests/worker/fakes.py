@@ -36,7 +36,9 @@ class FakeReport:
         return self._data
 
 
-def compress(request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path) -> FakeReport:
+def compress(
+    request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, host_memory: int | None
+) -> FakeReport:
     """Pretend to work on some blocks, then end as the request says."""
     assert isinstance(request.calibration.source, InlineText)
     plan = PLAN | json.loads(request.calibration.source.inline[0])
@@ -49,12 +51,12 @@ def compress(request: Compression, model: Path, out: Path, listener: Listener, *
         time.sleep(plan["block_s"])
         (out / f"block-{block}.bin").write_bytes(bytes([block]) * 1000)
         progress.block(block, plan["blocks"], f"block {block}")
-    _end(plan["ending"])
+    _end(plan["ending"], host_memory)
     (out / "report.json").write_text("{}")
     return FakeReport(request, out.parent.name, plan["blocks"])
 
 
-def _end(ending: str) -> None:
+def _end(ending: str, host_memory: int | None) -> None:
     match ending:
         case "success":
             return
@@ -70,6 +72,12 @@ def _end(ending: str) -> None:
             raise RuntimeError("secret detail")
         case "memory":
             raise MemoryError
+        case "hungry":
+            held = bytearray(b"x") * 600_000_000
+            time.sleep(600)
+            assert held
+        case "told":
+            raise BrokenCheckpoint(f"may plan with {host_memory}")
         case "disk":
             raise OSError(28, "No space left on device")
         case "deaf":
