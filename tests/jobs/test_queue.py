@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
@@ -19,7 +18,7 @@ import pytest
 
 from api.schemas import Limits
 from compression.planner.sizes import MEMORY_CLASSES
-from jobs.queue import _SENDING_S, TASK, VISIBILITY_S, Announcer, forget_announcements, make_celery
+from jobs.queue import TASK, VISIBILITY_S, Announcer, forget_announcements, make_celery
 from jobs.settings import Settings
 
 CPU = "gpu.cpu"
@@ -165,15 +164,12 @@ def test_a_redis_that_fails_is_asked_once_by_all_callers_and_shows_no_password(
             silent.listen(64)
         url = f"redis://:canary-of-redis@127.0.0.1:{silent.getsockname()[1]}/0"
         announcer = Announcer(Settings(data_dir=tmp_path, broker_url=url))
-        started = time.monotonic()
         for number in range(20):
             announcer.announce(f"job_{number}", CPU)
-        took = time.monotonic() - started
         announcer.close()
 
     said = [record.getMessage().partition(":")[0] for record in caplog.records if record.name == "jobs.queue"]
     assert said == ["announcement failed", *["not announced"] * 19]
-    assert took < 20 * _SENDING_S  # one caller waited for the broker, not each of them
     assert "canary" not in caplog.text
 
 
