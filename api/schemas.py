@@ -118,6 +118,28 @@ class QueueView(View):
     waiting_for: str
 
 
+class QueueStateView(View):
+    """How one memory class stands; a worker that takes several classes is counted in each."""
+
+    memory_class: Annotated[str, Field(serialization_alias="class")]
+    queued: int
+    running: int
+    oldest_wait_s: float | None
+    workers_alive: int
+    workers_busy: int
+    run_time_p50_s: float | None
+    run_time_p90_s: float | None
+    """Of the attempts that succeeded last, 50 at most."""
+    eta_s: Annotated[float | None, Field(description="Seconds until a job that came now would begin, estimated; null: unknown.")]
+
+
+class QueueList(View):
+    """Every memory class, the smallest first."""
+
+    object: Literal["list"] = "list"
+    data: list[QueueStateView]
+
+
 class Links(View):
     """References relative to the service's root."""
 

@@ -87,6 +87,7 @@ def _job(owner: str, request: JobRequest, plan: Plan, revision: str | None) -> J
         request=_as_json(request),
         resolved={"revision": revision, "code_version": code_version(), "spec_hash": hashed},
         plan=plan.model_dump(mode="json"),
+        memory_class=plan.memory_class,
         spec_hash=hashed,
         labels=request.labels,
         max_attempts=request.limits.max_attempts,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from api.moments import moment
 from api.schemas import EventView, JobView
-from jobs.repository import JobRepository
+from api.waits import queue_view
+from jobs.database import UnitOfWork
 from jobs.status import TERMINAL, JobStatus
 from jobs.tables import Job, JobEvent
 
@@ -19,8 +21,19 @@ _POLL_HINTS_S = ((10, 2), (60, 5), (600, 15))
 _POLL_LATE_S = 30
 
 
-def job_view(job: Job, jobs: JobRepository) -> JobView:
+def job_view(job: Job, work: UnitOfWork) -> JobView:
     """Return a job as callers see it."""
+    return job_views([job], work)[0]
+
+
+def job_views(jobs: Sequence[Job], work: UnitOfWork) -> list[JobView]:
+    """Return jobs as callers see them; what they wait for is asked once for all."""
+    places = work.queues.places(jobs)
+    workers = work.workers.all() if places else ()
+    return [_view(job, queue_view(job, places[job.id], workers) if job.id in places else None) for job in jobs]
+
+
+def _view(job: Job, queue: dict[str, Any] | None) -> JobView:
     base = f"/v1/jobs/{job.id}"
     return JobView.model_validate(
         {
@@ -35,7 +48,7 @@ def job_view(job: Job, jobs: JobRepository) -> JobView:
             "result": job.result,
             "attempt": job.attempt,
             "max_attempts": job.max_attempts,
-            "queue": _queue(job, jobs),
+            "queue": queue,
             "labels": job.labels,
             "retry_of": job.retry_of,
             "created_at": moment(job.created_at),
@@ -76,24 +89,6 @@ def job_headers(job: Job, view: JobView) -> dict[str, str]:
 def as_json(view: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a view as the answer; a number that JSON cannot say is ``null``."""
     return Response(view.model_dump_json(by_alias=True), status, headers, media_type="application/json")
-
-
-def moment(time: datetime | None) -> str | None:
-    """Return RFC 3339 in UTC, to the millisecond."""
-    return None if time is None else time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _queue(job: Job, jobs: JobRepository) -> dict[str, Any] | None:
-    ahead = jobs.queue_position(job)
-    if ahead is None:
-        return None
-    return {"class": (job.plan or {}).get("memory_class"), "position": ahead + 1, "waiting_for": _waiting_for(job, ahead)}
-
-
-def _waiting_for(job: Job, ahead: int) -> str:
-    if job.not_before is not None and job.not_before > datetime.now(UTC):
-        return f"the next attempt, not before {moment(job.not_before)}"
-    return "a free worker" if ahead == 0 else f"{ahead} job{'s' * (ahead > 1)} ahead, then a free worker"
 
 
 def _poll_hint(job: Job) -> int:

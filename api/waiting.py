@@ -46,7 +46,7 @@ def see(service: Service, owner: str, job_id: str) -> Seen:
     """Read the job once."""
     with reading(service.open_reader) as work:
         job = work.jobs.get(owner, job_id)
-        view = job_view(job, work.jobs)
+        view = job_view(job, work)
         return Seen(view, job_headers(job, view))
 
 

@@ -7,11 +7,13 @@ Every method that writes says whether it could; a worker that hears "no" must st
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, case, literal, or_, update
 from sqlalchemy.orm import Session
 
+from compression.planner.sizes import MEMORY_CLASSES
 from jobs.clock import now
 from jobs.endings import Cause, Hold, end_attempt, let_go, retry_or_fail
 from jobs.moves import change, move
@@ -52,8 +54,8 @@ class AttemptRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def claim(self, job_id: str, worker: str, lease_s: float) -> Claim | None:
-        """Take a queued job, or return None: somebody else has it, or it is over, or it must wait.
+    def claim(self, job_id: str, worker: str, lease_s: float, classes: Collection[str] = MEMORY_CLASSES) -> Claim | None:
+        """Take a queued job, or return None: somebody else has it, or it is over, or must wait, or is of none of the classes.
 
         One UPDATE: of two workers with the same message exactly one wins. A job whose worker died is not taken from
         it here; the upkeep first ends that attempt on record.
@@ -64,6 +66,7 @@ class AttemptRepository:
             JobStatus.QUEUED,
             JobStatus.RUNNING,
             or_(Job.not_before.is_(None), Job.not_before <= now()),
+            Job.memory_class.in_(classes),
             event="job.started",
             data=lambda job: {"attempt": job.attempt},
             fence=Job.fence + 1,

@@ -9,7 +9,7 @@ survives a power cut.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,15 +20,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from jobs.attempts import AttemptRepository
 from jobs.blocks import BlockRepository
 from jobs.errors import SchemaOutOfDate
+from jobs.lines import QueueRepository
 from jobs.repository import JobRepository
 from jobs.settings import Settings, load_settings
+from jobs.tables import Job
 from jobs.upkeep import UpkeepRepository
+from jobs.workers import WorkerRepository
 
 BUSY_TIMEOUT_MS = 10_000
 """Milliseconds a writer waits for another writer."""
@@ -39,7 +42,8 @@ _MIGRATION_LOCK = 0x736C696D
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 OpenSession = Callable[[], Session]
-Announce = Callable[[str], None]
+Announce = Callable[[str, str], None]
+"""Takes a job's id and its memory class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class UnitOfWork:
     attempts: AttemptRepository
     upkeep: UpkeepRepository
     blocks: BlockRepository
+    queues: QueueRepository
+    workers: WorkerRepository
     outbox: list[str] = field(default_factory=list[str])
 
 
@@ -64,6 +70,8 @@ def make_engine(settings: Settings, *, foreign_keys: bool = True) -> Engine:
         return engine
     # A connection that the server dropped is noticed before it is used; a transaction that hangs holds its locks a minute.
     options = f"-c idle_in_transaction_session_timeout={_IDLE_MS} -c lock_timeout={BUSY_TIMEOUT_MS} -c timezone=UTC"
+    # A machine that vanishes must not keep its locks: the server asks whether a silent connection is still there.
+    options += " -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
     arguments = {"connect_timeout": 5, "options": options, "application_name": "slimtrim"}
     return create_engine(url, pool_size=8, max_overflow=24, pool_timeout=10, pool_pre_ping=True, connect_args=arguments)
 
@@ -88,8 +96,9 @@ def unit_of_work(open_session: OpenSession, announce: Announce) -> Generator[Uni
     with open_session() as session, session.begin():
         work = _work_on(session)
         yield work
-    for job_id in work.outbox:
-        announce(job_id)
+        calls = _calls(session, work.outbox)
+    for job_id, memory_class in calls:
+        announce(job_id, memory_class)
 
 
 @contextmanager
@@ -144,7 +153,24 @@ def alembic_config(connection: Connection) -> Config:
 
 
 def _work_on(session: Session) -> UnitOfWork:
-    return UnitOfWork(JobRepository(session), AttemptRepository(session), UpkeepRepository(session), BlockRepository(session))
+    return UnitOfWork(
+        JobRepository(session),
+        AttemptRepository(session),
+        UpkeepRepository(session),
+        BlockRepository(session),
+        QueueRepository(session),
+        WorkerRepository(session),
+    )
+
+
+def _calls(session: Session, outbox: Sequence[str]) -> list[tuple[str, str]]:
+    """Return who is to be announced, in order, and in which class; whoever fills the outbox need not know the class."""
+    if not outbox:
+        return []
+    session.flush()
+    found = session.execute(select(Job.id, Job.memory_class).where(Job.id.in_(outbox))).all()
+    classes = {row.id: row.memory_class for row in found}
+    return [(job_id, classes[job_id]) for job_id in outbox]
 
 
 def _prepare_sqlite(connection: Any, _record: Any, *, foreign_keys: bool) -> None:

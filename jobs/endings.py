@@ -76,8 +76,8 @@ def let_go() -> Document:
 
 
 def _queue_again(session: Session, hold: Hold, cause: Cause, *where: ColumnElement[bool], backoff_s: float) -> Job | None:
-    # A job that must wait has not been announced; the upkeep does it when the time has come.
-    waiting: Document = {"not_before": now(backoff_s), "announced_at": None} if backoff_s > 0 else {}
+    # A job that must wait counts as announced and is not; the upkeep does it again when the time has come.
+    waiting: Document = {"not_before": now(backoff_s)} if backoff_s > 0 else {}
     return move(
         session,
         hold.job_id,

@@ -63,3 +63,9 @@ class SchemaOutOfDate(SlimtrimError):
     """The database's schema is not the one that this code was written for."""
 
     code = "schema_out_of_date"
+
+
+class DeviceRefused(SlimtrimError):
+    """The worker cannot have the accelerator that it would work on."""
+
+    code = "device_refused"

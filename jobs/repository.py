@@ -84,12 +84,13 @@ class JobRepository:
         Key, job and first event are one transaction: a POST that failed has stored nothing, and its retry is simply
         a first try. The caller puts ``added.job.id`` into the outbox unless it was replayed.
         """
-        if idempotency is not None and (earlier := self.replay(idempotency)) is not None:
-            return Added(earlier, replayed=True)
+        if idempotency is not None:
+            self._wait_for_twins(idempotency)
+            if (earlier := self.replay(idempotency)) is not None:
+                return Added(earlier, replayed=True)
         job.id = job.id or new_job_id()
         job.queue_deadline = now(job.max_queue_s if job.max_queue_s is not None else 604_800)  # pyright: ignore
         job.last_seq = 1
-        job.announced_at = now()  # pyright: ignore
         self._session.add(job)
         self._session.flush()
         self._session.add(JobEvent(job_id=job.id, seq=1, type="job.created"))
@@ -150,12 +151,6 @@ class JobRepository:
         """Return the artifact's files, or None while there is no artifact."""
         return self._with_documents(owner, job_id).manifest
 
-    def queue_position(self, job: Job) -> int | None:
-        """Return how many queued jobs stand before this one, or None when it does not wait."""
-        if job.status != JobStatus.QUEUED:
-            return None
-        return self._session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED, Job.id < job.id))
-
     def request_cancel(self, owner: str, job_id: str) -> CancelOutcome:
         """Cancel a queued job at once, ask a running one's worker to stop, leave a finished one alone."""
         job = self.get(owner, job_id)
@@ -188,6 +183,12 @@ class JobRepository:
     def _with_documents(self, owner: str, job_id: str) -> Job:
         query = select(Job).where(*_visible(owner), Job.id == job_id).options(undefer(Job.report), undefer(Job.manifest))
         return _found(self._session.scalars(query.execution_options(populate_existing=True)).one_or_none(), job_id)
+
+    def _wait_for_twins(self, idempotency: Idempotency) -> None:
+        """Let another request with this key end first. On SQLite a writer is alone from its beginning."""
+        if self._session.get_bind().dialect.name == "postgresql":
+            number = int.from_bytes(bytes.fromhex(idempotency.key_hash)[:8], signed=True)
+            self._session.execute(select(func.pg_advisory_xact_lock(number)))
 
     def _remember(self, idempotency: Idempotency, job_id: str) -> None:
         # An expired twin may still be there; the primary key would refuse ours.

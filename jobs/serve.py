@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from compression.errors import SlimtrimError
 from jobs.database import migrate
 from jobs.errors import DataFolderBusy, SettingsRefused
 from jobs.logs import configure_logs
+from jobs.places import refuse_divided_parts
 from jobs.queue import forget_announcements
 from jobs.settings import Settings, load_settings
 from jobs.tether import tethered, with_our_modules
@@ -43,6 +44,7 @@ def main() -> int:
     """Serve until told to stop; return the exit code."""
     try:
         settings = load_settings()
+        refuse_divided_parts(settings)
         configure_logs(service="serve")
         with locked_data_folder(settings):
             _check_address(settings)
@@ -73,13 +75,14 @@ class _Member:
 
     name: str
     module: str
+    arguments: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
     young_deaths: int = 0
 
     def start(self) -> None:
-        command = tethered([sys.executable, "-m", self.module])
+        command = tethered([sys.executable, "-m", self.module, *self.arguments])
         # A session of its own: Ctrl-C in a terminal reaches the supervisor alone, which then drains in order.
         environment = with_our_modules(os.environ)
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -102,7 +105,8 @@ class Supervisor:
         self._settings = settings
         self._stop = threading.Event()
         self._hurry = threading.Event()
-        workers = [_Member(f"worker-{number}", "worker") for number in range(1, settings.workers + 1)]
+        # Nobody else is there to take what a machine without an accelerator would rather leave.
+        workers = [_Member(f"worker-{number}", "worker", ["--alone"]) for number in range(1, settings.workers + 1)]
         self._members = [_Member("api", "api"), _Member("maintenance", "worker.maintenance"), *workers]
 
     def run(self) -> None:

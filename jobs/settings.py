@@ -55,7 +55,9 @@ Seconds = Annotated[float, Field(gt=0.0)]
 class Settings(BaseSettings):
     """Everything that can be set. Built by ``load_settings``, or directly in tests."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     host: Annotated[str, AfterValidator(_without_brackets)] = Field(
         "127.0.0.1", description="Address to listen on. Other than loopback only with SLIMTRIM_API_KEYS."
@@ -65,12 +67,16 @@ class Settings(BaseSettings):
     model_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)] = Field(
         (), description="Folders that file:// models and texts may be read from, colon-separated."
     )
+    # The addresses of database and broker may hold passwords, so neither is shown with the rest.
     database_url: str | None = Field(
         None,
+        repr=False,
         description="Where rows live, postgresql://user:password@host/name. Default: db.sqlite3 in SLIMTRIM_DATA_DIR.",
     )
     broker_url: str | None = Field(
-        None, description="How workers are woken, redis://host:6379/0. Default: the folder queue/ in SLIMTRIM_DATA_DIR."
+        None,
+        repr=False,
+        description="How workers are woken, redis://host:6379/0. Default: the folder queue/ in SLIMTRIM_DATA_DIR.",
     )
     storage_url: str | None = Field(
         None,

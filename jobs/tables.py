@@ -57,7 +57,9 @@ class Job(Base):
         Index("ix_jobs_owner_id", "owner", "id"),
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
+        Index("ix_jobs_status_queue_deadline", "status", "queue_deadline"),
         Index("ix_jobs_memory_class_status_id", "memory_class", "status", "id"),
+        Index("ix_jobs_memory_class_status_announced_at", "memory_class", "status", "announced_at"),
         Index("ix_jobs_owner_bytes_after", "owner", "bytes_after"),
         Index("ix_jobs_fingerprint", "fingerprint"),
         CheckConstraint("attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts", name="attempt_in_range"),
@@ -110,7 +112,7 @@ class Job(Base):
     worker: Mapped[str | None] = mapped_column(String(255))
     not_before: Mapped[datetime | None]
     """Earliest next claim, after a failed attempt."""
-    announced_at: Mapped[datetime | None]
+    announced_at: Mapped[datetime] = mapped_column(default=now())
     max_runtime_s: Mapped[int] = mapped_column(default=86_400)
     max_queue_s: Mapped[int] = mapped_column(default=604_800)
     run_deadline: Mapped[datetime | None]

@@ -1,14 +1,15 @@
 """The service's own side of the rows: end what nobody ends, announce what nobody heard.
 
 Each method is one round over at most a few hundred rows; the maintenance loop comes back. A candidate is read first
-and then moved by an UPDATE that repeats every condition, so a worker that acts in between wins.
+and then moved by an UPDATE that repeats every condition, so a worker that acts in between wins. On PostgreSQL a
+candidate that somebody is about to change is passed over, not waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.clock import now
@@ -31,26 +32,30 @@ class UpkeepRepository:
     def expire_leases(self) -> list[str]:
         """End every attempt whose lease is over; return the jobs that are queued again, to be announced."""
         dead = Job.lease_until < now()
-        candidates = self._session.scalars(select(Job).where(Job.status.in_(HELD), dead).order_by(Job.id).limit(_ROUND)).all()
+        candidates = self._candidates(Job.status.in_(HELD), dead)
         return [job.id for job in candidates if self._expire_lease(job) == JobStatus.QUEUED]
 
     def expire_runtimes(self, grace_s: float) -> list[str]:
         """Fail running jobs that are over ``max_runtime_s`` by more than the grace their worker has to do it itself."""
         over = Job.run_deadline < now(-grace_s)
-        query = select(Job).where(Job.status == JobStatus.RUNNING, over).order_by(Job.id).limit(_ROUND)
-        return [job.id for job in self._session.scalars(query).all() if self._expire_runtime(job)]
+        return [job.id for job in self._candidates(Job.status == JobStatus.RUNNING, over) if self._expire_runtime(job)]
 
     def expire_queued(self) -> list[str]:
         """Expire jobs that waited longer than ``max_queue_s`` for their first start."""
-        query = select(Job.id).where(Job.status == JobStatus.QUEUED, Job.queue_deadline < now()).order_by(Job.id).limit(_ROUND)
+        late = Job.status == JobStatus.QUEUED, Job.queue_deadline < now()
+        query = select(Job.id).where(*late).order_by(Job.queue_deadline).limit(_ROUND).with_for_update(skip_locked=True)
         return [job_id for job_id in self._session.scalars(query).all() if self._expire_queued(job_id)]
 
-    def next_claimable(self, unclaimed_for_s: float, limit: int) -> Sequence[str]:
-        """Return the oldest jobs that could be claimed and were not since their last announcement; count this as one."""
-        due = or_(Job.announced_at.is_(None), Job.announced_at < now(-unclaimed_for_s))
+    def next_claimable(self, memory_class: str, unclaimed_for_s: float, limit: int) -> Sequence[str]:
+        """Return jobs of a class that could be claimed and were not since their last announcement; count this as one.
+
+        Those that were announced longest ago come first, which is the order in which they came; the ids decide a tie.
+        """
+        of_class = Job.memory_class == memory_class, Job.status == JobStatus.QUEUED
         ready = or_(Job.not_before.is_(None), Job.not_before <= now())
-        query = select(Job.id).where(Job.status == JobStatus.QUEUED, due, ready).order_by(Job.id).limit(limit)
-        job_ids = self._session.scalars(query).all()
+        query = select(Job.id).where(*of_class, Job.announced_at < now(-unclaimed_for_s), ready)
+        oldest_call = query.order_by(Job.announced_at, Job.id).limit(limit)
+        job_ids = self._session.scalars(oldest_call.with_for_update(skip_locked=True)).all()
         self._session.execute(update(Job).where(Job.id.in_(job_ids)).values(announced_at=now()))
         return job_ids
 
@@ -67,6 +72,10 @@ class UpkeepRepository:
         """Say whether this prefix holds the artifact that the job shows."""
         query = select(Job.id).where(Job.id == job_id, Job.artifact_prefix == prefix, Job.deleted_at.is_(None))
         return self._session.scalar(query) is not None
+
+    def _candidates(self, *where: ColumnElement[bool]) -> Sequence[Job]:
+        query = select(Job).where(*where).order_by(Job.id).limit(_ROUND).with_for_update(skip_locked=True)
+        return self._session.scalars(query).all()
 
     def _expire_lease(self, job: Job) -> JobStatus | None:
         hold = _hold_of(job)

@@ -88,11 +88,11 @@ class Postgres:
     server: Server
     port: int
 
-    def fresh_url(self) -> str:
-        """Return the address of a new, empty database."""
+    def fresh_url(self, template: str = "template1") -> str:
+        """Return the address of a new database: empty, or a copy of the one at an address, which nobody may be using."""
         name = f"t{secrets.token_hex(6)}"
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")  # pyright: ignore
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template.rpartition('/')[2]}")  # pyright: ignore
         return self._url(name)
 
     def _url(self, name: str) -> str:
@@ -192,7 +192,8 @@ def a_postgres() -> Iterator[Postgres]:
         (port,) = free_ports(1)
         init = [programs / "initdb", "-D", folder / "data", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"]
         subprocess.run(list(map(str, init)), check=True, capture_output=True, user=user, cwd=folder)
-        own = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
+        options = {"listen_addresses": "127.0.0.1", "max_connections": "200", "fsync": "off"}
+        own = ["-p", str(port), "-k", str(folder), *(f"--{name}={value}" for name, value in options.items())]
         command = [str(programs / "postgres"), "-D", str(folder / "data"), *own]
         postgres = Postgres(Server(command, folder, lambda: _answers_sql(port), user, signal.SIGINT), port)
         with _running(postgres.server):

@@ -61,6 +61,8 @@ def run_worker(app: Any, room: Room) -> int:
         hostname=room.name,
         pool="threads",
         concurrency=1,
+        # In this order: on Redis the first that has a message is heard.
+        queues=list(room.classes),
         # Chatter between workers that nothing here listens to.
         without_gossip=True,
         without_mingle=True,

@@ -85,7 +85,7 @@ class Attempt:
         places = {"out": workspace.out, "parts": workspace.parts, "studies": self._room.settings.studies_folder}
         work = {
             "request": self._request(), "model": fetched["folder"], "texts": fetched["texts"],
-            **{name: str(place) for name, place in places.items()},
+            "host_memory": self._room.settings.job_memory_bytes, **{name: str(place) for name, place in places.items()},
         }  # fmt: skip
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace), keeper)
 
@@ -109,7 +109,10 @@ class Attempt:
             if keeper is None or not keeper.take(line, reply):
                 self._events.take(line)
 
-        return run_child(arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=hear)
+        return run_child(
+            arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=hear,
+            memory_limit=work.get("host_memory", 0),
+        )  # fmt: skip
 
     def _publish(self, success: Success) -> JobStatus | None:
         def write(work: UnitOfWork) -> JobStatus | None:

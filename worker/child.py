@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from compression.errors import SlimtrimError, Stopped
 from compression.progress import Event, event_to_dict
 from compression.request import Compression
@@ -93,11 +95,16 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     # The row's request has members that are the service's business, such as limits and labels.
     known = {name: value for name, value in work["request"].items() if name in Compression.model_fields}
     request = Compression.model_validate(known)
-    shelf = _Shelf(channel, Path(work["parts"]))
+    planned = _memory_to_plan_with(work.get("host_memory", 0))
+    folders = Path(work["model"]), Path(work["out"])
+    kept = {"studies": Path(work["studies"]), "shelf": _Shelf(channel, Path(work["parts"]))}
     with text_copies({source: Path(copy) for source, copy in work["texts"].items()}):
-        return compress(
-            request, Path(work["model"]), Path(work["out"]), _Listener(channel), studies=Path(work["studies"]), shelf=shelf
-        )  # fmt: skip
+        return compress(request, *folders, _Listener(channel), **kept, host_memory=planned)
+
+
+def _memory_to_plan_with(limit: int) -> int | None:
+    """Return the bytes that the run may plan with: never more than is free, whatever the limit; None leaves it to the run."""
+    return min(limit, psutil.virtual_memory().available) if limit else None
 
 
 def _entry(name: str) -> Callable[..., Any]:

@@ -1,19 +1,17 @@
 """The service's own upkeep, once a second: end what nobody ends, announce what nobody heard, remove what nobody owns.
 
-``python -m worker.maintenance``. Any number may be started; a lock on the data folder lets one act at a time.
+``python -m worker.maintenance``. Any number may be started; one of them acts (``jobs/turn.py``), the others take over.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,13 +19,15 @@ from compression.errors import SlimtrimError
 from jobs.blocks import ROOT
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
 from jobs.logs import configure_logs
+from jobs.places import refuse_divided_parts
 from jobs.queue import Announcer
 from jobs.settings import Settings, load_settings
 from jobs.storage import open_storage
+from jobs.turn import Turn
 from worker.workspace import remove
 
 HEARD_AT_MOST = 16
-"""Announcements that may wait unheard before repeating one is pointless: the workers are busy, not deaf."""
+"""Announcements of a class that may wait unheard before repeating one is pointless: the workers are busy, not deaf."""
 _CLEAN_EVERY_S = 60.0
 _UPLOAD_S = 86_400.0
 """Unfinished uploads and files in the store are removed when they are older: no attempt takes a day to store its artifact."""
@@ -41,9 +41,9 @@ class Maintenance:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        engine = make_engine(settings)
-        require_current_schema(engine)
-        self._open_session, self._open_reader = session_maker(engine), reader_maker(engine)
+        self.engine = make_engine(settings)
+        require_current_schema(self.engine)
+        self._open_session, self._open_reader = session_maker(self.engine), reader_maker(self.engine)
         self._announcer = Announcer(settings)
         self._storage = open_storage(settings)
 
@@ -66,6 +66,7 @@ class Maintenance:
         with unit_of_work(self._open_session, self._announcer.announce) as work:
             work.upkeep.forget_keys()
             stale = work.blocks.forget_stale(self._settings.blocks_kept_s)
+            work.workers.forget_silent()
         for prefix in stale:
             _note("finished blocks removed", [prefix])
             self._storage.delete(prefix)
@@ -85,11 +86,14 @@ class Maintenance:
 
     def _announce_again(self) -> None:
         waiting = self._announcer.pending()
-        if waiting is None or waiting >= HEARD_AT_MOST:
+        short = (
+            {} if waiting is None else {name: HEARD_AT_MOST - count for name, count in waiting.items() if count < HEARD_AT_MOST}
+        )
+        if not short:
             return
         with unit_of_work(self._open_session, self._announcer.announce) as work:
-            due = work.upkeep.next_claimable(self._settings.announce_after_s, HEARD_AT_MOST - waiting)
-            work.outbox.extend(due)
+            for name, room in short.items():
+                work.outbox.extend(work.upkeep.next_claimable(name, self._settings.announce_after_s, room))
 
     def _stored_attempts(self) -> list[str]:
         matches = (_ATTEMPT.match(key) for key in self._storage.list("artifacts"))
@@ -123,6 +127,7 @@ def main() -> int:
     """Keep house until SIGTERM."""
     try:
         settings = load_settings()
+        refuse_divided_parts(settings)
         maintenance = Maintenance(settings)
     except SlimtrimError as refusal:
         sys.stderr.write(f"maintenance does not start: {refusal}\n")
@@ -131,15 +136,18 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
-    with _alone(settings, stop):
-        _loop(maintenance, settings.maintenance_s, stop)
+    with Turn(maintenance.engine, settings.data_dir / "maintenance.lock") as turn:
+        _loop(maintenance, turn, settings.maintenance_s, stop)
     return 0
 
 
-def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> None:
+def _loop(maintenance: Maintenance, turn: Turn, every_s: float, stop: threading.Event) -> None:
     clean_at = 0.0
     while not stop.is_set():
         try:
+            if not turn.is_ours():
+                stop.wait(every_s)
+                continue
             maintenance.round()
             if time.monotonic() >= clean_at:
                 maintenance.clean()
@@ -147,20 +155,6 @@ def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> No
         except (SQLAlchemyError, SlimtrimError, OSError):  # the next round may find database and disk well again
             _log.exception("round failed")
         stop.wait(every_s)
-
-
-@contextmanager
-def _alone(settings: Settings, stop: threading.Event) -> Generator[None]:
-    """Wait until no other maintenance acts on this data folder."""
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (settings.data_dir / "maintenance.lock").open("a") as lock:
-        while not stop.is_set():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                stop.wait(settings.maintenance_s)
-        yield
 
 
 def _note(event: str, what: Iterable[str]) -> None:

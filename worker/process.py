@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from compression.errors import SlimtrimError
+from compression.errors import OutOfHostMemory, SlimtrimError
 from jobs.errors import WorkerLost
 from jobs.tether import with_our_modules
 from worker.leash import Interruption, Leash
+from worker.memory import MemoryWatch
 
 _LOOK_EVERY_S = 1.0
 """A child that died without closing its pipe (a grandchild holds it) is noticed this late."""
@@ -65,20 +66,28 @@ def run_child(
     environment: Mapping[str, str],
     grace_s: Mapping[Interruption, float],
     on_event: OnEvent,
+    memory_limit: int = 0,
 ) -> Line:
     """Run ``python -m <arguments>`` to its end and return its result line.
 
     Raises ``Interrupted`` when the leash was pulled: the child was asked to stop, and killed after the reason's grace
-    (0 when it has none). Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
+    (0 when it has none). Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word,
+    ``OutOfHostMemory`` when it was killed because it used more than ``memory_limit`` bytes (0: any number).
     ``on_event`` may answer a line, now or later and from any thread.
     """
     leash.check()
     child = _Child(arguments, environment)
+    watch = MemoryWatch(memory_limit)
     try:
-        with leash.held_by(child.inbox.put):
+        with leash.held_by(child.inbox.put), watch.over(child.pid, lambda: child.signal(signal.SIGKILL)):
             child.tell(work)
             final = _listen(child, grace_s, on_event)
         leash.check()
+        if final is None and watch.exceeded_by is not None:
+            raise OutOfHostMemory(
+                f"the process that did the work used {watch.exceeded_by} bytes of main memory; "
+                f"SLIMTRIM_JOB_MEMORY_BYTES allows {memory_limit}"
+            )
         return _understood(final, child)
     finally:
         child.end()
@@ -134,6 +143,10 @@ class _Child:
         os.close(write)
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def next(self, kill_at: float) -> Line | Interruption | float | _Answer | None:
         """Return what comes next, None at the end; kill the child when its time is over."""

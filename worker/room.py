@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
+from compression.planner.sizes import MEMORY_CLASSES
 from jobs.database import UnitOfWork, make_engine, reader_maker, require_current_schema, session_maker, unit_of_work
 from jobs.queue import Announcer
 from jobs.settings import Settings
@@ -24,12 +25,15 @@ Answer = TypeVar("Answer")
 class Room:
     """One worker process, which works on one job at a time."""
 
-    def __init__(self, settings: Settings, name: str, entry: str) -> None:
-        """``entry``: module:function that the job's child process runs."""
+    def __init__(self, settings: Settings, name: str, entry: str, classes: Sequence[str] = tuple(MEMORY_CLASSES)) -> None:
+        """``entry``: module:function that the job's child process runs; ``classes``: of the jobs taken, the dearest first."""
         self.settings = settings
         self.name = name
         self.entry = entry
+        self.classes = tuple(classes)
         self.is_draining = False
+        self.job_id: str | None = None
+        """What is worked on at present."""
         self._announcer = Announcer(settings)
         engine = make_engine(settings)
         require_current_schema(engine)
@@ -39,10 +43,6 @@ class Room:
     def work(self) -> AbstractContextManager[UnitOfWork]:
         """Give one transaction, and announce afterwards."""
         return unit_of_work(self._open_session, self._announcer.announce)
-
-    def announce(self, job_id: str) -> None:
-        """Wake a worker for the job."""
-        self._announcer.announce(job_id)
 
     def persist(self, write: Callable[[UnitOfWork], Answer]) -> Answer:
         """Run one transaction, again and again while the database does not answer; for what must not get lost."""

@@ -34,11 +34,12 @@ def work_on(room: Room, job_id: str) -> None:
     if room.is_draining:
         # Celery hands out messages for up to two seconds after it was told to stop.
         log.info("not claimed: the worker is stopping; passed on")
-        room.announce(job_id)
+        with room.work() as work:
+            work.outbox.append(job_id)
         return
     asked_at = time.monotonic()
     with room.work() as work:
-        claim = work.attempts.claim(job_id, room.name, room.settings.lease_s)
+        claim = work.attempts.claim(job_id, room.name, room.settings.lease_s, room.classes)
     if claim is None:
         log.info("nothing to claim; message dropped")
         return
@@ -50,5 +51,9 @@ def _attempt(room: Room, claim: Claim, leash: Leash) -> None:
     log = Fields(_log, fields)
     log.info("claimed")
     room.attach(leash)
-    status = Attempt(room, claim, leash, log).run()
+    room.job_id = claim.job_id
+    try:
+        status = Attempt(room, claim, leash, log).run()
+    finally:
+        room.job_id = None
     log.info("attempt over", extra={"status": status, "interrupted": leash.reason})

@@ -25,10 +25,11 @@ from api.contract import FILE_HEADERS, problems
 from api.dependencies import ArtifactReader, Credentials, Reader, Running, admit
 from api.errors import Problem
 from api.headers import names_tag, range_of, require_accept
+from api.moments import moment
 from api.schemas import ArtifactFile, ArtifactView
 from api.service import Service
 from api.signing import LONGEST_S, Link, expiry
-from api.views import as_json, moment
+from api.views import as_json
 from jobs.database import UnitOfWork
 from jobs.ids import parse_job_id
 from jobs.storage import Manifest, ManifestFile, Storage, as_manifest, media_type

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api.contract import problems
-from api.dependencies import AnyCaller, JobReader, ReportReader
+from api.dependencies import AnyCaller, ReportReader
 from api.headers import require_accept
 from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
 from api.views import as_json
@@ -31,12 +31,6 @@ def list_architectures(request: Request, caller: AnyCaller) -> Response:
     """List the model types that can be compressed."""
     require_accept(request.headers, "application/json")
     return as_json(ArchitectureList(data=[_architecture_view(row) for row in ARCHITECTURES.values()]))
-
-
-@router.get("/v1/queues", responses=problems(401, 403, 422))
-def list_queues(caller: JobReader) -> None:
-    """Not available yet: who waits for what."""
-    _refuse("GET /v1/queues", "a queued job shows its own place in queue.position")
 
 
 @router.get("/v1/reports", responses=problems(401, 403, 422))

@@ -81,4 +81,4 @@ def _broker(service: Service) -> Check:
     waiting = service.announcer.pending()
     if waiting is None:
         return Check(ok=False, required=False, detail="does not answer; jobs wait until the maintenance loop announces them")
-    return Check(ok=True, required=False, detail=f"{waiting} announcements wait to be heard")
+    return Check(ok=True, required=False, detail=f"{sum(waiting.values())} announcements wait to be heard")

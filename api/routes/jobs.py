@@ -27,7 +27,7 @@ from api.errors import Problem
 from api.headers import idempotency_key_of, names_tag, require_accept, wait_of
 from api.schemas import EventList, JobList, JobView
 from api.submission import submit
-from api.views import as_json, event_view, job_headers, job_view
+from api.views import as_json, event_view, job_headers, job_view, job_views
 from api.waiting import Seen, see_when
 from compression.errors import NotAvailable, SlimtrimError
 from jobs.database import unit_of_work
@@ -86,7 +86,7 @@ def list_jobs(
     refuse_unknown_parameters(request, *_LIST_PARAMETERS, prefix=_LABEL)
     labels = {name.removeprefix(_LABEL): value for name, value in request.query_params.items() if name.startswith(_LABEL)}
     page = work.jobs.list(caller.name, JobFilter(status or (), model, labels), limit, after=_job_cursor(after))
-    data = [job_view(job, work.jobs) for job in page.jobs]
+    data = job_views(page.jobs, work)
     view = JobList(data=data, has_more=page.next_cursor is not None, next_cursor=page.next_cursor)
     return as_json(view, headers=_link_to_next(request, page.next_cursor))
 
@@ -118,7 +118,7 @@ def cancel_job(request: Request, caller: JobWriter, work: Work, job_id: str) -> 
     require_accept(request.headers, JSON)
     was_over = work.jobs.get(caller.name, parse_job_id(job_id)).is_over
     job = work.jobs.request_cancel(caller.name, job_id).job
-    view = job_view(job, work.jobs)
+    view = job_view(job, work)
     return as_json(view, 200 if was_over else 202, job_headers(job, view))
 
 

@@ -47,7 +47,7 @@ class Face:
 
     def work(self) -> AbstractContextManager[UnitOfWork]:
         """Return a writing transaction, for what a worker would do."""
-        return unit_of_work(self.service.open_session, self.announced.append)
+        return unit_of_work(self.service.open_session, lambda job_id, _: self.announced.append(job_id))
 
     def claim(self, job_id: str) -> Claim:
         """Take a job as a worker does."""
@@ -102,7 +102,7 @@ def open_face(tmp_path: Path, empty_database: Path) -> OpenFace:
         settings.data_dir.mkdir(exist_ok=True)
         shutil.copy(empty_database, settings.data_dir)
         announced: list[str] = []
-        app = create_app(settings, announced.append)
+        app = create_app(settings, lambda job_id, _: announced.append(job_id))
         with TestClient(app, base_url=LOOPBACK, raise_server_exceptions=False) as client:
             yield Face(client, app.state.service, f"file://{model}", roots, announced)
 

@@ -79,7 +79,7 @@ def test_a_broker_that_is_down_fails_no_post(face: Face):
     shutil.rmtree(face.service.settings.queue_folder)
     face.service.settings.queue_folder.write_text("no folder")
 
-    face.service.announcer.announce(face.post_job()["id"])
+    face.service.announcer.announce(face.post_job()["id"], "gpu.cpu")
 
     assert face.rows()["jobs"] == 1
 

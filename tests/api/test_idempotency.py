@@ -135,7 +135,7 @@ def test_of_many_requests_at_once_one_makes_the_job(face: Face):
 
 def test_two_services_on_one_database_make_one_job(face: Face, monkeypatch: pytest.MonkeyPatch):
     """Their memories of keys in flight are apart; the database decides."""
-    other = api.service.open_service(face.service.settings, face.announced.append)
+    other = api.service.open_service(face.service.settings, lambda job_id, _: face.announced.append(job_id))
     plan_request = api.submission.plan_request
 
     def overtaken(request: Any, settings: Settings):

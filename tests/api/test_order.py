@@ -46,7 +46,7 @@ def seen(face: Face) -> list[tuple[str, Any]]:
     noted: list[tuple[str, Any]] = []
     jobs: list[str] = []
 
-    def announced(job_id: str) -> None:
+    def announced(job_id: str, memory_class: str) -> None:
         jobs.append(job_id)
         noted.append(("announced", status_of(face, job_id)))
 

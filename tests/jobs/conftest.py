@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pytest
 from sqlalchemy import select, update
@@ -20,6 +21,9 @@ from jobs.status import HELD, TERMINAL, JobStatus
 from jobs.storage import FolderStorage, S3Storage, Storage
 from jobs.tables import Job, JobAttempt, JobEvent, no_progress
 
+if TYPE_CHECKING:
+    from tests.servers import Postgres
+
 OWNER = "ann"
 Answer = TypeVar("Answer")
 SUCCESS = Success({"ratio": 4.0}, {"ledger": []}, {"files": [], "bytes": 0}, "artifacts/x/a1/")
@@ -30,9 +34,8 @@ LASTING = Cause("broken_checkpoint", "a lie", retryable=False)
 class Rows:
     """Short words for what the tests do with rows. Every ``do`` is one transaction."""
 
-    def __init__(self, folder: Path) -> None:
-        self.settings = Settings(data_dir=folder)
-        migrate(self.settings)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.engine = make_engine(self.settings)
         self.open_session = session_maker(self.engine)
         self.open_reader = reader_maker(self.engine)
@@ -40,7 +43,7 @@ class Rows:
 
     @contextmanager
     def work(self) -> Iterator[UnitOfWork]:
-        with unit_of_work(self.open_session, self.announced.append) as work:
+        with unit_of_work(self.open_session, lambda job_id, _: self.announced.append(job_id)) as work:
             yield work
 
     def do(self, act: Callable[[UnitOfWork], Answer]) -> Answer:
@@ -96,9 +99,43 @@ def a_job(owner: str = OWNER, **columns: Any) -> Job:
     return Job(**{"owner": owner, "model": "m/m", "request": {}, "resolved": {}, "spec_hash": "0", **columns})
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Iterator[Rows]:
-    rows = Rows(tmp_path / "data")
+DATABASES = ["sqlite", "postgresql"]
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the present schema and no row."""
+    settings = Settings(data_dir=tmp_path_factory.mktemp("migrated"))
+    migrate(settings)
+    return settings.data_dir / "db.sqlite3"
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with the present schema and no row."""
+    url = postgres.fresh_url()
+    migrate(Settings(data_dir=tmp_path_factory.mktemp("migrated"), database_url=url))
+    return url
+
+
+@pytest.fixture(params=DATABASES)
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Settings of a database without any schema."""
+    if request.param == "sqlite":
+        return Settings(data_dir=tmp_path / "data")
+    return Settings(data_dir=tmp_path / "data", database_url=request.getfixturevalue("postgres").fresh_url())
+
+
+@pytest.fixture(params=DATABASES)
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rows]:
+    if request.param == "sqlite":
+        settings = Settings(data_dir=tmp_path / "data")
+        settings.data_dir.mkdir()
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), settings.data_dir)
+    else:
+        template = request.getfixturevalue("migrated_postgres")
+        settings = Settings(data_dir=tmp_path / "data", database_url=request.getfixturevalue("postgres").fresh_url(template))
+    rows = Rows(settings)
     yield rows
     rows.engine.dispose()
 

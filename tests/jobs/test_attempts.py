@@ -163,9 +163,9 @@ def test_a_failed_attempt_waits_before_the_next(rows: Rows):
     rows.do(lambda work: work.attempts.fail(claim, PASSING, 3600.0))
 
     assert rows.claim(claim.job_id) is None
-    assert rows.do(lambda work: work.upkeep.next_claimable(0.0, 10)) == []
+    assert rows.do(lambda work: work.upkeep.next_claimable("gpu.cpu", 0.0, 10)) == []
     rows.force(claim.job_id, not_before=rows.job(claim.job_id).created_at)
-    assert rows.do(lambda work: work.upkeep.next_claimable(0.0, 10)) == [claim.job_id]
+    assert rows.do(lambda work: work.upkeep.next_claimable("gpu.cpu", 0.0, 10)) == [claim.job_id]
     assert rows.claim(claim.job_id) is not None
 
 

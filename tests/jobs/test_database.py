@@ -5,25 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import insert, select, text
+from sqlalchemy.exc import IntegrityError
 
 from jobs.clock import UtcTime, now
-from jobs.database import reading, unit_of_work
+from jobs.database import make_engine, reading, unit_of_work
 from jobs.errors import JobNotFound
-from jobs.tables import Job
+from jobs.settings import Settings
+from jobs.tables import Job, JobLabel
 from tests.jobs.conftest import OWNER, Rows, a_job
 
 
 def test_a_job_is_announced_after_it_is_committed(rows: Rows):
     seen: list[str] = []
 
-    def announce(job_id: str) -> None:
+    def announce(job_id: str, memory_class: str) -> None:
+        assert memory_class == "gpu.24g"
         seen.append(rows.job(job_id).id)  # through another connection: only what is committed is there
 
     with unit_of_work(rows.open_session, announce) as work:
-        job_id = work.jobs.add(a_job()).job.id
+        job_id = work.jobs.add(a_job(memory_class="gpu.24g")).job.id
         work.outbox.append(job_id)
         assert seen == []
 
@@ -91,7 +95,12 @@ def test_rows_stay_readable_after_the_commit(rows: Rows):
 
 
 def test_a_row_that_points_nowhere_is_refused(rows: Rows):
-    with rows.engine.connect() as connection:
+    with pytest.raises(IntegrityError), rows.engine.begin() as connection:
+        connection.execute(insert(JobLabel).values(job_id="job_of_nobody", name="a", value="b"))
+
+
+def test_sqlite_keeps_what_it_committed_and_lets_readers_read(tmp_path: Path):
+    with make_engine(Settings(data_dir=tmp_path)).connect() as connection:
         assert connection.scalar(text("PRAGMA foreign_keys")) == 1
         assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
         assert connection.scalar(text("PRAGMA synchronous")) == 2  # FULL

@@ -10,7 +10,8 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
 
 from jobs.database import alembic_config, make_engine, migrate, migrating, require_current_schema, schema_is_current
 from jobs.errors import SchemaOutOfDate
@@ -28,13 +29,10 @@ def test_the_migrated_schema_is_that_of_the_tables(rows: Rows):
 
 
 def test_the_status_of_a_row_can_be_nothing_else(rows: Rows):
-    from sqlalchemy.exc import IntegrityError
-
-    job_id = rows.add()
-    with rows.engine.begin() as connection, pytest.raises(IntegrityError):
-        connection.exec_driver_sql("UPDATE jobs SET status = 'lost' WHERE id = ?", (job_id,))
-    with rows.engine.begin() as connection, pytest.raises(IntegrityError):
-        connection.exec_driver_sql("UPDATE jobs SET fruitless = 4 WHERE id = ?", (job_id,))
+    rows.add()
+    for wrong in ("status = 'lost'", "fruitless = 4", "announced_at = NULL"):
+        with pytest.raises(IntegrityError), rows.engine.begin() as connection:
+            connection.execute(text(f"UPDATE jobs SET {wrong}"))
 
 
 def test_down_and_up_again_with_rows_present_leaves_empty_tables(rows: Rows):

@@ -80,7 +80,7 @@ ACTS: dict[str, Callable[[UnitOfWork, Hold], object]] = {
     "expire_leases": lambda work, _: work.upkeep.expire_leases(),
     "expire_runtimes": lambda work, _: work.upkeep.expire_runtimes(-1e6),
     "expire_queued": lambda work, _: work.upkeep.expire_queued(),
-    "next_claimable": lambda work, _: work.upkeep.next_claimable(0.0, 10),
+    "next_claimable": lambda work, _: work.upkeep.next_claimable("gpu.cpu", 0.0, 10),
 }
 
 
@@ -100,7 +100,7 @@ def test_every_act_but_the_upkeep_would_change_a_job_that_is_not_over(rows: Rows
         origin = QUEUED if name in ("claim", "next_claimable", "expire_queued") else CANCELLING if name == "cancel" else RUNNING
         job_id = rows.in_status(origin)
         rows.force(job_id, queue_deadline=rows.job(job_id).created_at, lease_until=rows.job(job_id).created_at)
-        rows.force(job_id, run_deadline=rows.job(job_id).created_at, announced_at=None)
+        rows.force(job_id, run_deadline=rows.job(job_id).created_at, announced_at=rows.job(job_id).created_at)
         before = rows.everything(job_id)
 
         rows.do(lambda work, act=act, job_id=job_id: act(work, Hold(job_id, fence=1, attempt=1, max_attempts=3)))

@@ -94,9 +94,9 @@ def test_only_jobs_that_nobody_heard_of_are_announced_again_oldest_first(rows: R
         rows.force(job_id, announced_at=past)
     rows.force(rows.claimed().job_id, announced_at=past)
 
-    assert rows.do(lambda work: work.upkeep.next_claimable(10.0, 1)) == [first]
-    assert rows.do(lambda work: work.upkeep.next_claimable(10.0, 10)) == [third]
-    assert rows.do(lambda work: work.upkeep.next_claimable(10.0, 10)) == []
+    assert rows.do(lambda work: work.upkeep.next_claimable("gpu.cpu", 10.0, 1)) == [first]
+    assert rows.do(lambda work: work.upkeep.next_claimable("gpu.cpu", 10.0, 10)) == [third]
+    assert rows.do(lambda work: work.upkeep.next_claimable("gpu.cpu", 10.0, 10)) == []
     assert rows.job(second).status == QUEUED
 
 

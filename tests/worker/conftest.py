@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import Postgres, Redis
 from tests.worker.stand import Stand, a_stand
+
+
+@pytest.fixture
+def production(postgres: Postgres, redis_server: Redis) -> dict[str, str]:
+    """Settings of a stand on PostgreSQL and Redis."""
+    return {"DATABASE_URL": postgres.fresh_url(), "BROKER_URL": redis_server.fresh_url()}
+
+
+@pytest.fixture(params=["embedded", "production"])
+def parts(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Settings of a stand, in one folder and on production parts."""
+    return request.getfixturevalue("production") if request.param == "production" else {}
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ class FakeReport:
         return self._data
 
 
-def compress(request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, shelf: Shelf) -> FakeReport:
+def compress(
+    request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, shelf: Shelf, host_memory: int | None
+) -> FakeReport:
     """Pretend to work on some blocks, then end as the request says."""
     assert isinstance(request.calibration.source, InlineText)
     plan = PLAN | json.loads(request.calibration.source.inline[0])
@@ -61,12 +63,12 @@ def compress(request: Compression, model: Path, out: Path, listener: Listener, *
             if plan["keeps"]:
                 shelf.keep(fingerprint, name, {"shard": shard})
         progress.block(block, plan["blocks"], f"block {block}")
-    _end(plan["ending"])
+    _end(plan["ending"], host_memory)
     (out / "report.json").write_text("{}")
     return FakeReport(request, out.parent.name, plan["blocks"])
 
 
-def _end(ending: str) -> None:
+def _end(ending: str, host_memory: int | None) -> None:
     match ending:
         case "success":
             return
@@ -82,6 +84,12 @@ def _end(ending: str) -> None:
             raise RuntimeError("secret detail")
         case "memory":
             raise MemoryError
+        case "hungry":
+            held = bytearray(b"x") * 600_000_000
+            time.sleep(600)
+            assert held
+        case "told":
+            raise BrokenCheckpoint(f"may plan with {host_memory}")
         case "disk":
             raise OSError(28, "No space left on device")
         case "deaf":

@@ -1,4 +1,7 @@
-"""A service on a folder of its own: real database, queue, worker processes and maintenance; no HTTP."""
+"""A service of its own: real database, queue, worker processes and maintenance; no HTTP.
+
+It lives in one folder, or on production parts where the settings name them (the fixtures ``production`` and ``parts``).
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ class Stand:
         own = {"DATA_DIR": folder / "data", "MODEL_ROOTS": folder / "models", "QUEUE_POLL_S": 0.1, "MIN_FREE_BYTES": 1}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLIMTRIM_")},
+            "CUDA_VISIBLE_DEVICES": "",  # several workers share this machine
             **{f"SLIMTRIM_{name}": str(value) for name, value in {**fast, **own, **settings}.items()},
         }
         self.settings = self._read_settings()
@@ -128,6 +132,12 @@ class Stand:
         """Wait until the present attempt has finished a block."""
         self.wait(lambda: self.job(job_id).progress["block"], f"a block of {job_id}")
 
+    def unheard(self) -> int:
+        """How many announcements wait, in all classes together."""
+        waiting = self.announcer.pending()
+        assert waiting is not None
+        return sum(waiting.values())
+
     def logs(self) -> str:
         """What all processes logged."""
         return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
@@ -145,9 +155,9 @@ class Stand:
         self.processes.append(process)
         return process
 
-    def start_worker(self, name: str = "w", run: str = FAKE) -> subprocess.Popen[bytes]:
+    def start_worker(self, name: str = "w", run: str = FAKE, *arguments: str) -> subprocess.Popen[bytes]:
         """Start one worker."""
-        return self.start("worker", "--name", name, "--run", run)
+        return self.start("worker", "--name", name, "--run", run, *arguments)
 
     def child_of(self, worker: subprocess.Popen[bytes], module: str = "worker.child") -> psutil.Process | None:
         """The process in which the worker's present job runs."""

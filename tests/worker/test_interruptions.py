@@ -52,7 +52,12 @@ def test_a_child_that_does_not_listen_is_killed_after_its_grace(tmp_path: Path):
         assert not child.is_running()
 
 
-def test_a_worker_that_is_told_to_stop_gives_its_job_back_unharmed(stand: Stand):
+def test_a_worker_that_is_told_to_stop_gives_its_job_back_unharmed(tmp_path: Path, parts: dict[str, str]):
+    with a_stand(tmp_path, **parts) as stand:
+        _stop_a_worker_that_works(stand)
+
+
+def _stop_a_worker_that_works(stand: Stand) -> None:
     first = stand.start_worker("first")
     job_id = stand.post(**LONG, max_attempts=1)
     stand.wait_for_block(job_id)
@@ -119,8 +124,8 @@ def test_a_killed_workers_child_dies_with_it_and_another_worker_finishes_the_job
 
 
 @pytest.mark.parametrize("sleepers", ["worker and child", "worker alone"])
-def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path, sleepers: str):
-    with a_stand(tmp_path, LEASE_S=2) as stand:
+def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path, sleepers: str, parts: dict[str, str]):
+    with a_stand(tmp_path, LEASE_S=2, **parts) as stand:
         stand.start("worker.maintenance")
         sleeper = stand.start_worker("sleeper")
         job_id = stand.post(blocks=60, block_s=0.1)

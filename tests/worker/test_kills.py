@@ -67,10 +67,12 @@ class Crew:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["stand-in", "real"])
-def test_ten_kills_over_five_jobs_lose_nothing_and_double_nothing(library: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_ten_kills_over_five_jobs_lose_nothing_and_double_nothing(
+    library: str, parts: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+):
     if library == "real" and not os.environ.get("SLIMTRIM_TEST_REAL_KILLS"):
         pytest.skip("NOT RUN: the real library under kills; set SLIMTRIM_TEST_REAL_KILLS=1 (minutes)")
-    with a_stand(tmp_path, LEASE_S=2, HEARTBEAT_S=0.3) as stand:
+    with a_stand(tmp_path, LEASE_S=2, HEARTBEAT_S=0.3, **parts) as stand:
         entry = FAKE if library == "stand-in" else COMPRESS
         body = (
             _fake_request(stand) if library == "stand-in" else _real_request(stand, request.getfixturevalue("tiny_model_factory"))

@@ -73,7 +73,7 @@ def test_a_deleted_jobs_files_go_even_if_the_deletion_was_cut_short(stand: Stand
 def test_jobs_that_nobody_hears_of_do_not_flood_the_queue(stand: Stand, maintenance: Maintenance, unheard: int):
     ids = [stand.post(announce=False) for _ in range(HEARD_AT_MOST + 4)]
     for _ in range(unheard):
-        stand.announcer.announce("job_of_a_burst")
+        stand.announcer.announce("job_of_a_burst", "gpu.cpu")
 
     def forget_announcements() -> None:
         past = stand.job(ids[0]).created_at - timedelta(days=1)
@@ -84,7 +84,7 @@ def test_jobs_that_nobody_hears_of_do_not_flood_the_queue(stand: Stand, maintena
         forget_announcements()
         maintenance.round()
 
-    assert stand.announcer.pending() == max(HEARD_AT_MOST, unheard)
+    assert stand.unheard() == max(HEARD_AT_MOST, unheard)
 
 
 def test_one_round_ends_what_is_overdue_and_announces_what_can_go_on(stand: Stand, maintenance: Maintenance):
@@ -96,7 +96,7 @@ def test_one_round_ends_what_is_overdue_and_announces_what_can_go_on(stand: Stan
 
     assert (stand.job(lost).status, stand.job(lost).attempt) == (JobStatus.QUEUED, 2)
     assert stand.job(waited).status == JobStatus.EXPIRED
-    assert stand.announcer.pending() == 1
+    assert stand.unheard() == 1
 
 
 def test_a_second_maintenance_takes_over_when_the_first_dies(stand: Stand):

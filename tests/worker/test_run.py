@@ -69,18 +69,18 @@ def test_nothing_is_left_in_scratch_and_the_message_is_gone(stand: Stand):
     stand.wait_over(stand.post())
 
     stand.wait(lambda: not list(stand.settings.work_folder.glob("*")), "an empty scratch folder")
-    assert stand.announcer.pending() == 0
+    assert stand.unheard() == 0
 
 
 def test_one_worker_does_several_jobs_and_a_doubled_message_makes_no_second_run(stand: Stand):
     ids = [stand.post(blocks=1) for _ in range(3)]
     for job_id in ids * 3:
-        stand.announcer.announce(job_id)
+        stand.announcer.announce(job_id, "gpu.cpu")
     stand.start_worker()
 
     for job_id in ids:
         assert stand.wait_over(job_id).status == JobStatus.SUCCEEDED
-    stand.wait(lambda: stand.announcer.pending() == 0, "all messages heard")
+    stand.wait(lambda: stand.unheard() == 0, "all messages heard")
 
     assert [len(stand.attempts(job_id)) for job_id in ids] == [1, 1, 1]
 

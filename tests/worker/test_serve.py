@@ -120,13 +120,13 @@ def test_two_services_cannot_run_on_one_folder(house: Stand):
 
 
 def test_a_restart_finds_its_jobs_and_clears_old_messages(house: Stand):
-    house.announcer.announce("job_of_yesterday")
+    house.announcer.announce("job_of_yesterday", "gpu.cpu")
     house.environment["SLIMTRIM_WORKERS"] = "0"
     job_id = house.post()
 
     supervisor = house.start("jobs.serve")
     house.wait(lambda: "slimtrim is ready" in house.logs(), "the ready line")
-    house.wait(lambda: house.announcer.pending() == 1, "the one job announced again")
+    house.wait(lambda: house.unheard() == 1, "the one job announced again")
 
     assert house.job(job_id).status == "queued"
     supervisor.send_signal(signal.SIGTERM)

@@ -14,7 +14,9 @@ DOCUMENT = sa.JSON(none_as_null=True)
 FLOAT: sa.Double[float] = sa.Double()
 _OLD, _NEW = "attempt >= 1 AND attempt <= max_attempts", "attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts"
 _INDEXES = {
+    "ix_jobs_status_queue_deadline": ["status", "queue_deadline"],
     "ix_jobs_memory_class_status_id": ["memory_class", "status", "id"],
+    "ix_jobs_memory_class_status_announced_at": ["memory_class", "status", "announced_at"],
     "ix_jobs_owner_bytes_after": ["owner", "bytes_after"],
     "ix_jobs_fingerprint": ["fingerprint"],
 }
@@ -33,9 +35,11 @@ def upgrade() -> None:
         jobs.add_column(sa.Column("fruitless", sa.Integer(), nullable=False, server_default="0"))
     # Attempts that were lost so far are counted as if none of them had kept anything, as was the case.
     op.execute("UPDATE jobs SET fruitless = attempt - 1")
+    op.execute("UPDATE jobs SET announced_at = queued_at WHERE announced_at IS NULL")
     with op.batch_alter_table("jobs") as jobs:
         jobs.alter_column("memory_class", server_default=None)
         jobs.alter_column("fruitless", server_default=None)
+        jobs.alter_column("announced_at", existing_type=TIME, nullable=False)
         jobs.drop_constraint(op.f("ck_jobs_attempt_in_range"), type_="check")
         jobs.create_check_constraint(op.f("ck_jobs_attempt_in_range"), _NEW)
     for name, columns in _INDEXES.items():
@@ -53,6 +57,7 @@ def downgrade() -> None:
     with op.batch_alter_table("jobs") as jobs:
         jobs.drop_constraint(op.f("ck_jobs_attempt_in_range"), type_="check")
         jobs.create_check_constraint(op.f("ck_jobs_attempt_in_range"), _OLD)
+        jobs.alter_column("announced_at", existing_type=TIME, nullable=True)
         for name in ("memory_class", "bytes_after", "retention", "fingerprint", "request_id", "trace_parent", "fruitless"):
             jobs.drop_column(name)
 

@@ -1,0 +1,110 @@
+"""The queues as lines of people: who stands where, how long the first has waited, and how fast it goes.
+
+The number of queries does not grow with the number of jobs; each walks an index, and none reads a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from jobs.clock import now
+from jobs.status import HELD, JobStatus
+from jobs.tables import Job, JobAttempt
+
+_LAST_RUNS = 50
+"""Finished jobs of a class whose run times are looked at."""
+
+
+@dataclass(slots=True)
+class Line:
+    """One memory class's queue."""
+
+    queued: int = 0
+    running: int = 0
+    oldest_since: datetime | None = None
+    """When the oldest job of the line came into it, and what the database's clock says now (next field)."""
+    asked_at: datetime | None = None
+    run_times_s: list[float] = field(default_factory=list[float])
+    """Of the attempts that succeeded last, shortest first."""
+
+    @property
+    def oldest_wait_s(self) -> float | None:
+        """Seconds that the oldest job has waited."""
+        if self.oldest_since is None or self.asked_at is None:
+            return None
+        return max(0.0, (self.asked_at - self.oldest_since).total_seconds())
+
+    def quantile(self, share: float) -> float | None:
+        """Return the run time that this share of runs did not exceed, or None when there is none yet."""
+        if not self.run_times_s:
+            return None
+        return self.run_times_s[min(len(self.run_times_s) - 1, int(share * len(self.run_times_s)))]
+
+
+class QueueRepository:
+    """What can be said about waiting."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def places(self, jobs: Iterable[Job]) -> Mapping[str, int]:
+        """Return for each job that waits how many stand before it in its class."""
+        waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
+        if not waiting:
+            return {}
+        if len(waiting) == 1:
+            return {waiting[0].id: self._ahead_of(waiting[0])}
+        # All that wait up to the last one are numbered in one pass; a count for each would be a pass for each.
+        number = func.row_number().over(partition_by=Job.memory_class, order_by=Job.id).label("number")
+        line = select(Job.id, number).where(
+            Job.memory_class.in_({job.memory_class for job in waiting}),
+            Job.status == JobStatus.QUEUED,
+            Job.id <= max(job.id for job in waiting),
+        )
+        numbered = line.subquery()
+        query = select(numbered.c.id, numbered.c.number).where(numbered.c.id.in_([job.id for job in waiting]))
+        return {row.id: row.number - 1 for row in self._session.execute(query)}
+
+    def lines(self, classes: Sequence[str]) -> dict[str, Line]:
+        """Return how each class stands."""
+        lines = {name: Line() for name in classes}
+        for name, status, count, oldest_id in self._counts():
+            if name in lines and status == JobStatus.QUEUED:
+                lines[name].queued = count
+                self._date(lines[name], oldest_id)
+            elif name in lines:
+                lines[name].running += count
+        for name, line in lines.items():
+            line.run_times_s = sorted(self._run_times(name))
+        return lines
+
+    def _ahead_of(self, job: Job) -> int:
+        before = Job.memory_class == job.memory_class, Job.status == JobStatus.QUEUED, Job.id < job.id
+        return self._session.scalar(select(func.count()).where(*before)) or 0
+
+    def _counts(self):
+        active = Job.status.in_((JobStatus.QUEUED, *HELD))
+        query = select(Job.memory_class, Job.status, func.count(), func.min(Job.id)).where(active)
+        return self._session.execute(query.group_by(Job.memory_class, Job.status)).all()
+
+    def _date(self, line: Line, oldest_id: str) -> None:
+        row = self._session.execute(select(Job.queued_at, now()).where(Job.id == oldest_id)).one_or_none()
+        if row is not None:
+            line.oldest_since, line.asked_at = row
+
+    def _run_times(self, name: str) -> list[float]:
+        last = (
+            select(Job.id, Job.fence)
+            .where(Job.memory_class == name, Job.status == JobStatus.SUCCEEDED)
+            .order_by(Job.id.desc())
+            .limit(_LAST_RUNS)
+            .subquery()
+        )
+        attempt = (JobAttempt.job_id == last.c.id) & (JobAttempt.fence == last.c.fence)
+        query = select(JobAttempt.started_at, JobAttempt.ended_at).join(last, attempt).where(JobAttempt.ended_at.is_not(None))
+        return [(ended - started).total_seconds() for started, ended in self._session.execute(query) if ended is not None]
