@@ -41,6 +41,7 @@ PREFER = header("Prefer", 'wait=N: hold the answer up to N seconds, 60 at most. 
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key", "Same key and body: the same job, for 7 days. Another body: 422.", minLength=1, maxLength=255
 )
+LAST_EVENT_ID = header("Last-Event-ID", "Of a stream: the id of the event that the client saw last; the stream goes on after it.")
 IF_NONE_MATCH = header("If-None-Match", "An ETag that the caller has; 304 when it is still right.")
 FILE_HEADERS = [
     IF_NONE_MATCH,

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api.schemas import EventView, JobView
+from api.schemas import EventView, JobView, ReportSummary
+from jobs.clock import moment
 from jobs.repository import JobRepository
 from jobs.status import TERMINAL, JobStatus
 from jobs.tables import Job, JobEvent
@@ -59,6 +60,25 @@ def event_view(event: JobEvent) -> EventView:
     return EventView(seq=event.seq, type=event.type, at=moment(event.at) or "", data=event.data)
 
 
+_COMPARED = ("bytes_before", "bytes_after", "ratio", "retention", "perplexity_before", "perplexity_after", "divergence")
+
+
+def report_summary(job: Job) -> ReportSummary:
+    """Return a finished job's result as a list of reports shows it."""
+    result, base = job.result or {}, f"/v1/jobs/{job.id}"
+    return ReportSummary.model_validate(
+        {
+            "id": job.id,
+            "model": job.model,
+            **{name: job.request[name] for name in ("recipe", "profile", "target_memory")},
+            **{name: result[name] for name in _COMPARED},
+            "labels": job.labels,
+            "finished_at": moment(job.finished_at),
+            "links": {"job": base, "report": f"{base}/report", "artifact": f"{base}/artifact"},
+        }
+    )
+
+
 def job_tag(job: Job, view: JobView) -> str:
     """Return the ETag: the row's version, and the place in the queue, which changes without the row."""
     place = "" if view.queue is None else f".{view.queue.position}"
@@ -76,11 +96,6 @@ def job_headers(job: Job, view: JobView) -> dict[str, str]:
 def as_json(view: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a view as the answer; a number that JSON cannot say is ``null``."""
     return Response(view.model_dump_json(by_alias=True), status, headers, media_type="application/json")
-
-
-def moment(time: datetime | None) -> str | None:
-    """Return RFC 3339 in UTC, to the millisecond."""
-    return None if time is None else time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _queue(job: Job, jobs: JobRepository) -> dict[str, Any] | None:

@@ -25,9 +25,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from jobs.attempts import AttemptRepository
 from jobs.errors import SchemaOutOfDate
+from jobs.events import EventRepository
+from jobs.key_rows import KeyRepository
+from jobs.reports import ReportRepository
 from jobs.repository import JobRepository
 from jobs.settings import Settings, load_settings
 from jobs.upkeep import UpkeepRepository
+from jobs.webhooks import WebhookRepository
 
 BUSY_TIMEOUT_MS = 10_000
 """Milliseconds a writer waits for another writer."""
@@ -46,8 +50,12 @@ class UnitOfWork:
     """The repositories over one transaction, and the ids to announce once it is committed."""
 
     jobs: JobRepository
+    events: EventRepository
     attempts: AttemptRepository
     upkeep: UpkeepRepository
+    webhooks: WebhookRepository
+    keys: KeyRepository
+    reports: ReportRepository
     outbox: list[str] = field(default_factory=list[str])
 
 
@@ -142,7 +150,10 @@ def alembic_config(connection: Connection) -> Config:
 
 
 def _work_on(session: Session) -> UnitOfWork:
-    return UnitOfWork(JobRepository(session), AttemptRepository(session), UpkeepRepository(session))
+    return UnitOfWork(
+        JobRepository(session), EventRepository(session), AttemptRepository(session), UpkeepRepository(session),
+        WebhookRepository(session), KeyRepository(session), ReportRepository(session),
+    )  # fmt: skip
 
 
 def _prepare_sqlite(connection: Any, _record: Any, *, foreign_keys: bool) -> None:

@@ -23,6 +23,7 @@ from jobs.logs import configure_logs
 from jobs.queue import Announcer
 from jobs.settings import Settings, load_settings
 from jobs.storage import open_storage
+from worker.webhooks import start_dispatcher
 from worker.workspace import remove
 
 HEARD_AT_MOST = 16
@@ -40,7 +41,7 @@ class Maintenance:
         self._settings = settings
         engine = make_engine(settings)
         require_current_schema(engine)
-        self._open_session, self._open_reader = session_maker(engine), reader_maker(engine)
+        self.open_session, self._open_reader = session_maker(engine), reader_maker(engine)
         self._announcer = Announcer(settings)
         self._storage = open_storage(settings)
 
@@ -48,7 +49,7 @@ class Maintenance:
         """End what is overdue and announce what is due."""
         # A worker fails its own job at the deadline; half a minute and a lease later it evidently cannot.
         grace_s = self._settings.lease_s + 30.0
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             requeued = work.upkeep.expire_leases()
             work.outbox.extend(requeued)
             overdue = work.upkeep.expire_runtimes(grace_s)
@@ -60,7 +61,7 @@ class Maintenance:
 
     def clean(self) -> None:
         """Remove scratch folders and artifacts that no attempt uses and no job shows, and forget old keys."""
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             work.upkeep.forget_keys()
         for folder in self._settings.work_folder.glob("job_*/a*"):
             if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
@@ -75,7 +76,7 @@ class Maintenance:
         waiting = self._announcer.pending()
         if waiting is None or waiting >= HEARD_AT_MOST:
             return
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             due = work.upkeep.next_claimable(self._settings.announce_after_s, HEARD_AT_MOST - waiting)
             work.outbox.extend(due)
 
@@ -109,6 +110,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
     with _alone(settings, stop):
+        start_dispatcher(settings, maintenance.open_session, stop)
         _loop(maintenance, settings.maintenance_s, stop)
     return 0
 

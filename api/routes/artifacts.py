@@ -18,12 +18,13 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from api.contract import FILE_HEADERS, problems
-from api.dependencies import ArtifactReader, Credentials, Reader, Running, admit
+from api.dependencies import ArtifactReader, LinkHolder, Reader, Running
 from api.errors import Problem
 from api.headers import names_tag, range_of, require_accept
 from api.schemas import ArtifactFile, ArtifactView
 from api.signing import Link, expiry
-from api.views import as_json, moment
+from api.views import as_json
+from jobs.clock import moment
 from jobs.database import UnitOfWork
 from jobs.ids import parse_job_id
 from jobs.storage import Manifest, Storage, as_manifest, media_type
@@ -47,7 +48,7 @@ class StoredFile:
         return f'"{self.sha256}"'
 
 
-@router.get("", response_model=ArtifactView, responses=problems(401, 403, 404, 409))
+@router.get("", response_model=ArtifactView, responses=problems(401, 403, 404, 409, 429))
 def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service: Running, job_id: str) -> Response:
     """Return every file of the artifact with its hash, and a link to each that needs no key."""
     require_accept(request.headers, "application/json")
@@ -68,13 +69,13 @@ def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service
         200: {"description": "The file.", "content": {"application/octet-stream": {}}},
         206: {"description": "The range that was asked for.", "content": {"application/octet-stream": {}}},
         304: {"description": "The caller's copy is still right."},
-        **problems(401, 403, 404, 409, 412, 416),
+        **problems(401, 403, 404, 409, 412, 416, 429),
     },
     openapi_extra={"parameters": FILE_HEADERS},
 )
 def get_file(
     request: Request,
-    credentials: Credentials,
+    caller: LinkHolder,
     work: Reader,
     service: Running,
     job_id: str,
@@ -86,12 +87,11 @@ def get_file(
 ) -> Response:
     """Return a file of the artifact, whole or one range of it."""
     parse_job_id(job_id)
-    if signature is not None:
+    if caller is None:
         link = Link(job_id, artifact or "", path, sha256 or "", expires or 0)
-        service.signer.check(link, signature)
+        service.signer.check(link, signature or "")
         file = _linked_file(work, link)
     else:
-        caller = admit(service.settings, credentials, "artifacts:read")
         file = _listed_file(work, caller.name, job_id, path)
     return _serve(request, service.storage, file)
 
