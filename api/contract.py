@@ -93,9 +93,26 @@ def _with_references(value: Any) -> Any:
     return {name: _with_references(member) for name, member in members.items()}
 
 
+_TEXT = {"schema": {"type": "string"}}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": _TEXT},
+    405: {"Allow": _TEXT},
+    416: {"Content-Range": _TEXT},
+    429: {
+        "Retry-After": {"description": "Seconds.", **_TEXT},
+        "RateLimit": {"description": "What is left, and the seconds until there is more.", **_TEXT},
+        "RateLimit-Policy": {"description": "How many requests a minute are served to a caller.", **_TEXT},
+    },
+    503: {"Retry-After": {"description": "Seconds.", **_TEXT}},
+}
+"""Status -> what a problem of that status says in headers."""
+
+
 def _problem(status: int) -> dict[str, Any]:
     codes = ", ".join(name for name, code in CODES.items() if code.status == status)
+    headers = {"headers": _HEADERS[status]} if status in _HEADERS else {}
     return {
         "description": f"A problem: {codes}",
+        **headers,
         "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="ProblemView")}}},
     }

@@ -99,6 +99,7 @@ class Streams:
     def __init__(self, open_reader: OpenSession, limit: int, draining: threading.Event) -> None:
         self.write_timeout_s = WRITE_TIMEOUT_S
         self.heartbeat_s = HEARTBEAT_S
+        self.poll_s = POLL_S
         self._open_reader = open_reader
         self._limit = limit
         self._draining = draining
@@ -150,7 +151,7 @@ class Streams:
 
     async def _poll_forever(self) -> None:
         while True:
-            await anyio.sleep(POLL_S)
+            await anyio.sleep(self.poll_s)
             if self._draining.is_set():
                 for stream in self._all():
                     stream.close()

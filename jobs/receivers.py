@@ -28,6 +28,7 @@ _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 _REFUSED = [
     ipaddress.ip_network(text)
     for text in (
+        "192.0.0.0/24",  # for protocols; some versions of Python take it for public
         "168.63.129.16/32",  # public in form, but answered by the cloud's own host
         "192.88.99.0/24",  # 6to4 relays
         "2001::/23",  # Teredo and other protocols that carry an IPv4 address inside
