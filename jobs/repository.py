@@ -89,6 +89,7 @@ class JobRepository:
         Key, job and first event are one transaction: a POST that failed has stored nothing, and its retry is simply
         a first try. The caller puts ``added.job.id`` into the outbox unless it was replayed.
         """
+        self._one_at_a_time(job.owner)
         if idempotency is not None and (earlier := self.replay(idempotency)) is not None:
             return Added(earlier, replayed=True)
         if queue_limit is not None:
@@ -204,10 +205,12 @@ class JobRepository:
         self._session.execute(delete(WebhookDelivery).where(*told))
         return prefix
 
-    def _check_room(self, owner: str, limit: int) -> None:
-        # SQLite has one writer at a time. PostgreSQL has many, and two could count the same last free place.
+    def _one_at_a_time(self, owner: str) -> None:
+        # SQLite has one writer. PostgreSQL has many, and two could miss each other's key, or count the same last place.
         if self._session.get_bind().dialect.name == "postgresql":
             self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"queue of {owner}", 0))))
+
+    def _check_room(self, owner: str, limit: int) -> None:
         waiting = self._session.scalar(select(func.count()).where(Job.owner == owner, Job.status == JobStatus.QUEUED))
         if waiting is not None and waiting >= limit:
             raise QueueFull(f"{waiting} of your jobs are waiting, of {limit} that may; let some of them start, or cancel some")

@@ -90,7 +90,8 @@ JOB = "job_00000000000000000000000000"
     "after",
     [
         "x", "%00", "!!!!", "e30", cursor(), cursor("bytes", 1, JOB), cursor("newest", 1, JOB), cursor("newest", "2026", "x"),
-        cursor("newest", "2026-01-01T00:00:00", JOB), cursor("newest", None, JOB), "A" * 4000, cursor("newest", "2026-01-01", [JOB]),
+        cursor("newest", "2026-01-01T00:00:00", JOB), cursor("newest", None, JOB), "A" * 4000,
+        cursor("newest", "2026-01-01", [JOB]),
     ],
 )  # fmt: skip
 def test_a_cursor_that_was_not_given_is_refused(face: Face, after: str):
