@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from types import FrameType
 
@@ -9,9 +10,13 @@ import uvicorn
 
 from api.app import create_app
 from compression.errors import SlimtrimError
+from jobs.database import make_engine
+from jobs.key_rows import require_keys
 from jobs.logs import configure_logs
-from jobs.settings import load_settings
+from jobs.settings import Settings, load_settings
 
+UNREAD_S = 60
+"""Seconds for which a client may take nothing of what was sent to it."""
 _GRACE_S = 15
 """Seconds that open requests have to end once the service was told to stop."""
 
@@ -29,6 +34,7 @@ def main() -> int:
     """Serve until told to stop; 2 when the settings forbid it."""
     try:
         settings = load_settings()
+        _require_keys(settings)
     except SlimtrimError as refusal:
         sys.stderr.write(f"{refusal.message}\n")
         return 2
@@ -45,8 +51,24 @@ def main() -> int:
         h11_max_incomplete_event_size=32 * 1024,
         log_config=None,
     )
-    Server(config).run()
+    listener = config.bind_socket()
+    _limit_unread(listener)
+    Server(config).run(sockets=[listener])
     return 0
+
+
+def _require_keys(settings: Settings) -> None:
+    engine = make_engine(settings)
+    try:
+        require_keys(settings, engine)
+    finally:
+        engine.dispose()
+
+
+def _limit_unread(listener: socket.socket) -> None:
+    """Let the kernel end a connection whose client takes nothing for so long; accepted connections inherit it."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from api.contract import install_contract
 from api.errors import install_error_handlers
 from api.middleware import Manners
-from api.routes import artifacts, catalog, health, jobs, plans, queues
+from api.routes import artifacts, catalog, events, health, jobs, plans, queues, reports
 from api.service import open_service
 from api.submission import code_version
 from compression.planner.milp import import_solver
@@ -29,7 +29,8 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         threading.Thread(target=import_solver, name="import-solver", daemon=True).start()
-        yield
+        async with service.streams.running():
+            yield
         service.close()
 
     app = FastAPI(
@@ -43,8 +44,10 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     )
     app.state.service = service
     install_error_handlers(app)
-    for router in (jobs.router, artifacts.router, plans.router, queues.router, catalog.router, health.router):
+    for router in (
+        jobs.router, events.router, reports.router, artifacts.router, plans.router, queues.router, catalog.router, health.router,
+    ):  # fmt: skip
         app.include_router(router)
     install_contract(app)
-    app.add_middleware(Manners, loopback_only=not settings.api_keys)
+    app.add_middleware(Manners, callers=service.callers)
     return app

@@ -41,6 +41,7 @@ PREFER = header("Prefer", 'wait=N: hold the answer up to N seconds, 60 at most. 
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key", "Same key and body: the same job, for 7 days. Another body: 422.", minLength=1, maxLength=255
 )
+LAST_EVENT_ID = header("Last-Event-ID", "Of a stream: the id of the event that the client saw last; the stream goes on after it.")
 IF_NONE_MATCH = header("If-None-Match", "An ETag that the caller has; 304 when it is still right.")
 FILE_HEADERS = [
     IF_NONE_MATCH,
@@ -92,9 +93,26 @@ def _with_references(value: Any) -> Any:
     return {name: _with_references(member) for name, member in members.items()}
 
 
+_TEXT = {"schema": {"type": "string"}}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": _TEXT},
+    405: {"Allow": _TEXT},
+    416: {"Content-Range": _TEXT},
+    429: {
+        "Retry-After": {"description": "Seconds.", **_TEXT},
+        "RateLimit": {"description": "What is left, and the seconds until there is more.", **_TEXT},
+        "RateLimit-Policy": {"description": "How many requests a minute are served to a caller.", **_TEXT},
+    },
+    503: {"Retry-After": {"description": "Seconds.", **_TEXT}},
+}
+"""Status -> what a problem of that status says in headers."""
+
+
 def _problem(status: int) -> dict[str, Any]:
     codes = ", ".join(name for name, code in CODES.items() if code.status == status)
+    headers = {"headers": _HEADERS[status]} if status in _HEADERS else {}
     return {
         "description": f"A problem: {codes}",
+        **headers,
         "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="ProblemView")}}},
     }

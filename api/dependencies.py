@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Generator
 from typing import Annotated
 
 import anyio
@@ -13,22 +12,19 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
 
+from api.callers import Caller
 from api.errors import Problem
 from api.pointers import faults_of
 from api.schemas import JobRequest
 from api.service import Service
 from jobs.database import UnitOfWork, reading, unit_of_work
-from jobs.keys import SCOPES, ApiKey
-from jobs.settings import Settings
 
-ANONYMOUS = "anonymous"
-"""The one caller of a service without keys; owns all its jobs."""
 _BODY_SECONDS = 60.0
 _bearer = HTTPBearer(auto_error=False, description="An API key. Not needed where the service listens on loopback without keys.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
     """Return the service that the application was made with."""
     return request.app.state.service
 
@@ -54,19 +50,11 @@ Work = Annotated[UnitOfWork, Depends(get_work, scope="function")]
 Reader = Annotated[UnitOfWork, Depends(get_reader, scope="function")]
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls, and what they may do."""
-
-    name: str
-    scopes: frozenset[str]
-
-
-def may(*scopes: str) -> Callable[..., Caller]:
+def may(*scopes: str) -> Callable[..., Awaitable[Caller]]:
     """Return the dependency that admits callers who hold every named scope."""
 
-    def caller(service: Running, credentials: Credentials) -> Caller:
-        return admit(service.settings, credentials, *scopes)
+    async def caller(request: Request, service: Running, credentials: Credentials) -> Caller:
+        return await admit(request, service, credentials, *scopes)
 
     return caller
 
@@ -79,27 +67,27 @@ ArtifactReader = Annotated[Caller, Depends(may("artifacts:read"))]
 ReportReader = Annotated[Caller, Depends(may("reports:read"))]
 
 
-def admit(settings: Settings, credentials: HTTPAuthorizationCredentials | None, *scopes: str) -> Caller:
-    """Return the caller whose key this is, if it holds every named scope."""
-    caller = identify(settings, credentials.credentials if credentials else None)
+async def _link_holder(request: Request, service: Running, credentials: Credentials) -> Caller | None:
+    if "signature" in request.query_params:
+        return None
+    return await admit(request, service, credentials, "artifacts:read")
+
+
+LinkHolder = Annotated[Caller | None, Depends(_link_holder)]
+"""Who may read artifacts; None for whoever holds a signed link, which the route checks."""
+
+
+async def admit(request: Request, service: Service, credentials: HTTPAuthorizationCredentials | None, *scopes: str) -> Caller:
+    """Return the caller whose key this is, if it holds every named scope and has not called too often."""
+    presented = credentials.credentials if credentials else None
+    caller = service.callers.recall(presented)
+    if caller is None:
+        address = request.client.host if request.client else ""
+        caller = await to_thread.run_sync(service.callers.identify, presented, address)
+    request.state.always = service.callers.count(caller)
     if missing := sorted(set(scopes) - caller.scopes):
         raise Problem("insufficient_scope", f"this needs a key with the scope {', '.join(missing)}")
     return caller
-
-
-def identify(settings: Settings, presented: str | None) -> Caller:
-    """Return who presents a key; without any keys in the settings, everybody is the one anonymous caller."""
-    if not settings.api_keys:
-        return Caller(ANONYMOUS, frozenset(SCOPES))
-    if not presented:
-        raise Problem("missing_api_key", "send Authorization: Bearer <key>")
-    found: ApiKey | None = None
-    for key in settings.api_keys:  # all of them, so that the time says nothing about which one fits
-        if key.matches(presented):
-            found = key
-    if found is None:
-        raise Problem("invalid_api_key", "this API key is not one of this service's")
-    return Caller(found.name, found.scopes)
 
 
 def refuse_unknown_parameters(request: Request, *known: str, prefix: str | None = None) -> None:

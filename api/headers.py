@@ -1,4 +1,6 @@
-"""The request headers that change an answer: Accept, Prefer, Range, the conditions, Idempotency-Key."""
+"""The request headers that change an answer: Accept, Prefer, Range, the conditions, Idempotency-Key,
+Last-Event-ID.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,27 @@ def require_accept(headers: Headers, offered: str, *, later: Sequence[str] = ())
         if accepted.get(kind, 0.0) > 0.0:
             raise Problem("not_available", f"{kind} is not available here yet; accept {offered}")
     raise Problem("not_acceptable", f"this answer is {offered} and nothing else")
+
+
+def preferred(headers: Headers, *offered: str) -> str:
+    """Return which of the forms is accepted most, the first one when it does not matter; refuse when none is."""
+    accepted = _accepted(", ".join(headers.getlist("accept")))
+    if not accepted:
+        return offered[0]
+    best = max(offered, key=lambda kind: _quality_of(accepted, kind))
+    if _quality_of(accepted, best) <= 0.0:
+        raise Problem("not_acceptable", f"this answer is {' or '.join(offered)} and nothing else")
+    return best
+
+
+def last_event_id_of(headers: Headers) -> int | None:
+    """Return the number of the event that the client saw last; None without one."""
+    values = headers.getlist("last-event-id")
+    if not values or values == [""]:
+        return None
+    if len(values) > 1 or not values[0].isascii() or not values[0].isdecimal() or len(values[0]) > 15:
+        raise Problem("invalid_header", f"Last-Event-ID is the id of an event, a number, not {values[0][:100]!r}")
+    return int(values[0])
 
 
 def wait_of(headers: Headers) -> int | None:
@@ -101,9 +124,10 @@ def _quality(parameters: Sequence[str]) -> float:
 
 
 def _accepts(accepted: dict[str, float], offered: str) -> bool:
-    """Say whether the most specific range that covers what is offered has a quality above nothing."""
+    return _quality_of(accepted, offered) > 0.0
+
+
+def _quality_of(accepted: dict[str, float], offered: str) -> float:
+    """Return the quality of the most specific range that covers what is offered."""
     family = offered.partition("/")[0]
-    for kind in (offered, f"{family}/*", "*/*"):
-        if kind in accepted:
-            return accepted[kind] > 0.0
-    return False
+    return next((accepted[kind] for kind in (offered, f"{family}/*", "*/*") if kind in accepted), 0.0)

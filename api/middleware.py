@@ -10,11 +10,14 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 from urllib.parse import urlsplit
 
+from anyio import to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.callers import Callers
 from api.errors import Problem, answer_failure
 from jobs.settings import is_loopback
 
@@ -27,11 +30,11 @@ _ALWAYS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"
 
 
 class Manners:
-    """Wraps the application; ``loopback_only`` is set where nobody needs a key."""
+    """Wraps the application; where nobody needs a key, only this machine's own names are served."""
 
-    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, callers: Callers) -> None:
         self._app = app
-        self._loopback_only = loopback_only
+        self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,11 +43,14 @@ class Manners:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(send, request_id, with_body=scope["method"] != "HEAD")
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        answer = _Answer(send, state, with_body=scope["method"] != "HEAD")
         began = time.monotonic()
         try:
-            if self._loopback_only:
+            if self._callers.must_look and scope["path"] not in _PROBES:
+                await to_thread.run_sync(self._callers.look)
+            if self._callers.is_open:
                 _check_local(headers)
             await self._app(_as_get(scope), _limited(receive, headers), answer)
         except Exception as error:
@@ -58,9 +64,9 @@ class Manners:
 class _Answer:
     """Passes an answer on, with the headers that every answer has."""
 
-    def __init__(self, send: Send, request_id: str, *, with_body: bool) -> None:
+    def __init__(self, send: Send, state: dict[str, Any], *, with_body: bool) -> None:
         self._send = send
-        self._request_id = request_id
+        self._state = state
         self._with_body = with_body
         self.started = False
         self.status: int | None = None
@@ -69,9 +75,9 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self._request_id
+            headers["X-Request-Id"] = self._state["request_id"]
             headers.setdefault("Cache-Control", "no-store")
-            for name, value in _ALWAYS.items():
+            for name, value in {**_ALWAYS, **self._state.get("always", {})}.items():
                 headers[name] = value
         elif message["type"] == "http.response.body" and not self._with_body:
             message = {**message, "body": b""}
@@ -95,7 +101,8 @@ def _as_get(scope: Scope) -> Scope:
     """HEAD is GET without the body; routes that would read a file for it look at ``state.head``."""
     if scope["method"] != "HEAD":
         return scope
-    return {**scope, "method": "GET", "state": {**scope["state"], "head": True}}
+    scope["state"]["head"] = True
+    return {**scope, "method": "GET"}
 
 
 def _check_local(headers: Headers) -> None:

@@ -31,9 +31,13 @@ class Limits(Settings):
 
 
 class Webhook(Settings):
-    """Whom to tell. Known to the contract, not built yet."""
+    """Whom to tell, by signed POSTs as Standard Webhooks 1.0 describes them; at least once, in no promised order."""
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^https?://")]
+    url: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=2048, pattern=r"^https?://"),
+        Field(description="https on port 443 at a public address, without user and password, or what the operator lists."),
+    ]
     events: Annotated[tuple[WebhookEvent, ...], Field(min_length=1)] = ("job.succeeded", "job.failed")
 
 
@@ -201,6 +205,44 @@ class EventList(View):
     data: list[EventView]
     has_more: bool
     next_cursor: int | None
+
+
+class ReportLinks(View):
+    """References relative to the service's root."""
+
+    job: str
+    report: str
+    artifact: str
+
+
+class ReportSummary(View):
+    """What a finished job made of its model; its whole report is at ``links.report``."""
+
+    id: Annotated[str, Field(description="The job's.")]
+    object: Literal["report"] = "report"
+    model: str
+    recipe: Annotated[Any, Field(description='"auto" or the steps, as in the request.')]
+    profile: str
+    target_memory: int | None
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+    retention: float | None
+    perplexity_before: float | None
+    perplexity_after: float | None
+    divergence: float | None
+    labels: dict[str, str]
+    finished_at: str
+    links: ReportLinks
+
+
+class ReportList(View):
+    """One page of reports."""
+
+    object: Literal["list"] = "list"
+    data: list[ReportSummary]
+    has_more: bool
+    next_cursor: str | None
 
 
 class ArtifactFile(View):

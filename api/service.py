@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
 
+from api.callers import Callers
 from api.errors import Problem
 from api.signing import LinkSigner
+from api.streams import Streams
 from jobs.database import Announce, OpenSession, make_engine, reader_maker, session_maker
 from jobs.queue import Announcer
 from jobs.repository import Idempotency
@@ -58,9 +60,11 @@ class Service:
     signer: LinkSigner
     announcer: Announcer
     announce: Announce
-    in_flight: InFlight = field(default_factory=InFlight)
-    draining: threading.Event = field(default_factory=threading.Event)
+    callers: Callers
+    streams: Streams
+    draining: threading.Event
     """Set when the process is about to end: nothing new is accepted, and whoever waits is answered."""
+    in_flight: InFlight = field(default_factory=InFlight)
 
     def close(self) -> None:
         """Give connections back."""
@@ -73,13 +77,17 @@ def open_service(settings: Settings, announce: Announce | None = None) -> Servic
     """Open everything that the settings name; ``announce`` replaces the queue in tests."""
     engine = make_engine(settings)
     announcer = Announcer(settings)
+    open_reader, draining = reader_maker(engine), threading.Event()
     return Service(
         settings=settings,
         engine=engine,
         open_session=session_maker(engine),
-        open_reader=reader_maker(engine),
+        open_reader=open_reader,
         storage=open_storage(settings),
-        signer=LinkSigner.in_folder(settings.data_dir),
+        signer=LinkSigner.of(settings),
         announcer=announcer,
         announce=announce or announcer.announce,
+        callers=Callers(settings, open_reader),
+        streams=Streams(open_reader, settings.stream_limit, draining),
+        draining=draining,
     )

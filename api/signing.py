@@ -1,25 +1,23 @@
 """Links that carry their own permission: one file of one attempt's artifact, for a quarter of an hour at most.
 
-A link is a path, an expiry and an HMAC over both, made with a secret that never leaves the data folder. It is what a
-bucket's presigned link is, for the folder store, so a client downloads the same way from either.
+A link is a path, an expiry and an HMAC over both, made with a key that is derived from the installation's secret
+(``jobs/secret.py``). It is what a bucket's presigned link is, for the folder store, so a client downloads the same way
+from either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import secrets
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from api.errors import Problem
+from jobs.secret import derived_key
+from jobs.settings import Settings
 
 LONGEST_S = 15 * 60
-_SECRET = "signing.key"
-_SECRET_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +40,9 @@ class LinkSigner:
         self._secret = secret
 
     @staticmethod
-    def in_folder(folder: Path) -> LinkSigner:
-        """Use the folder's secret, made on first use, readable by its owner alone."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = folder / _SECRET
-        if not path.exists():
-            _create(path, secrets.token_bytes(_SECRET_BYTES))
-        return LinkSigner(path.read_bytes())
+    def of(settings: Settings) -> LinkSigner:
+        """Use the installation's secret."""
+        return LinkSigner(derived_key(settings, "links"))
 
     def url(self, link: Link) -> str:
         """Return the link as a reference relative to the service's root."""
@@ -71,18 +65,3 @@ class LinkSigner:
 def expiry() -> int:
     """Return when a link made now ends."""
     return int(time.time()) + LONGEST_S
-
-
-def _create(path: Path, secret: bytes) -> None:
-    """Write the secret whole or not at all; of several processes that start at once, one wins."""
-    temporary = path.with_name(f"{_SECRET}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()

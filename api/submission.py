@@ -12,13 +12,13 @@ from typing import Any
 from api.errors import Problem
 from api.schemas import JobRequest
 from api.service import Service
-from compression.errors import NotAvailable
 from compression.plan import Plan, make_plan
 from compression.planner.availability import check_request
 from compression.planner.known import recall
 from compression.request import Compression
 from jobs.database import reading, unit_of_work
 from jobs.errors import JobNotFound
+from jobs.receivers import check_receiver
 from jobs.repository import Added, Idempotency
 from jobs.settings import Settings
 from jobs.sources import check_text_sources, read_checkpoint_of
@@ -30,7 +30,7 @@ _PATH = "/v1/jobs"
 def plan_request(request: JobRequest, settings: Settings) -> tuple[Plan, str | None]:
     """Return what would happen, and the commit that it was read from; reads config and tensor headers only."""
     if request.webhook is not None:
-        raise NotAvailable("webhooks are not available yet; poll the job or use Prefer: wait", pointer="/webhook")
+        check_receiver(request.webhook.url, settings.webhook_hosts)
     check_request(request)  # before anything is read: what is not built needs no answer from a hub
     check_text_sources(request, settings)
     checkpoint, revision = read_checkpoint_of(request.model, request.revision, settings)
@@ -41,7 +41,7 @@ def plan_request(request: JobRequest, settings: Settings) -> tuple[Plan, str | N
 def submit(service: Service, owner: str, request: JobRequest, key: str | None) -> Added:
     """Record a job and announce it, or return the one that the same key made before."""
     if service.draining.is_set():
-        raise Problem("draining", "the service is stopping; send the request again in a moment")
+        raise _draining()
     idempotency = None if key is None else Idempotency(owner, "POST", _PATH, key, _sha256(_as_json(request)))
     with service.in_flight.hold(idempotency):
         if idempotency is not None and (earlier := _replay(service, idempotency)) is not None:
@@ -50,7 +50,25 @@ def submit(service: Service, owner: str, request: JobRequest, key: str | None) -
         plan, revision = plan_request(request, service.settings)
         job = _job(owner, request, plan, revision)
         with unit_of_work(service.open_session, service.announce) as work:
-            added = work.jobs.add(job, idempotency)
+            added = work.jobs.add(job, idempotency, queue_limit=service.settings.queue_limit)
+            if not added.replayed:
+                work.outbox.append(added.job.id)
+    return added
+
+
+def retry(service: Service, owner: str, job_id: str, key: str | None) -> Added:
+    """Record a job that does what an ended one was to do, and announce it, or return the one that the same key made."""
+    if service.draining.is_set():
+        raise _draining()
+    path = f"{_PATH}/{job_id}/retry"
+    idempotency = None if key is None else Idempotency(owner, "POST", path, key, _sha256({"retry_of": job_id}))
+    with service.in_flight.hold(idempotency):
+        if idempotency is not None and (earlier := _replay(service, idempotency)) is not None:
+            return earlier
+        with unit_of_work(service.open_session, service.announce) as work:
+            job = work.jobs.again(owner, job_id)
+            job.resolved = {**job.resolved, "code_version": code_version()}
+            added = work.jobs.add(job, idempotency, queue_limit=service.settings.queue_limit)
             if not added.replayed:
                 work.outbox.append(added.job.id)
     return added
@@ -68,6 +86,10 @@ def code_version() -> str:
     """Return this code's version, as its project file states it."""
     project = Path(__file__).parents[1] / "pyproject.toml"
     return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+
+
+def _draining() -> Problem:
+    return Problem("draining", "the service is stopping; send the request again in a moment")
 
 
 def _replay(service: Service, idempotency: Idempotency) -> Added | None:

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api.moments import moment
-from api.schemas import EventView, JobView
+from api.schemas import EventView, JobView, ReportSummary
 from api.waits import queue_view
+from jobs.clock import moment
 from jobs.database import UnitOfWork
 from jobs.status import TERMINAL, JobStatus
 from jobs.tables import Job, JobEvent
@@ -70,6 +70,25 @@ def _view(job: Job, queue: dict[str, Any] | None) -> JobView:
 def event_view(event: JobEvent) -> EventView:
     """Return an event as callers see it."""
     return EventView(seq=event.seq, type=event.type, at=moment(event.at) or "", data=event.data)
+
+
+_COMPARED = ("bytes_before", "bytes_after", "ratio", "retention", "perplexity_before", "perplexity_after", "divergence")
+
+
+def report_summary(job: Job) -> ReportSummary:
+    """Return a finished job's result as a list of reports shows it."""
+    result, base = job.result or {}, f"/v1/jobs/{job.id}"
+    return ReportSummary.model_validate(
+        {
+            "id": job.id,
+            "model": job.model,
+            **{name: job.request[name] for name in ("recipe", "profile", "target_memory")},
+            **{name: result[name] for name in _COMPARED},
+            "labels": job.labels,
+            "finished_at": moment(job.finished_at),
+            "links": {"job": base, "report": f"{base}/report", "artifact": f"{base}/artifact"},
+        }
+    )
 
 
 def job_tag(job: Job, view: JobView) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from api.moments import moment
+from jobs.clock import moment
 from jobs.tables import Job
 from jobs.workers import Present
 

@@ -144,6 +144,8 @@ class AttemptRepository:
             fraction=1.0,
             progress=no_progress() | {"fraction": 1.0},
             result=success.result,
+            bytes_after=success.result.get("bytes_after"),
+            retention=success.result.get("retention"),
             report=success.report,
             manifest=success.manifest,
             artifact_prefix=success.artifact_prefix,

@@ -46,6 +46,11 @@ def now(offset_s: float | ColumnElement[Any] = 0.0) -> ColumnElement[datetime]:
     return DatabaseNow(offset)
 
 
+def moment(time: datetime | None) -> str | None:
+    """Return RFC 3339 in UTC, to the millisecond."""
+    return None if time is None else time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 @compiles(DatabaseNow, "sqlite")
 def _sqlite_now(element: DatabaseNow, compiler: SQLCompiler, **options: Any) -> str:
     # The text form is the one in which SQLAlchemy stores times in SQLite, so plain comparison orders them.

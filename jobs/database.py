@@ -26,11 +26,15 @@ from sqlalchemy.orm import Session, sessionmaker
 from jobs.attempts import AttemptRepository
 from jobs.blocks import BlockRepository
 from jobs.errors import SchemaOutOfDate
+from jobs.events import EventRepository
+from jobs.key_rows import KeyRepository
 from jobs.lines import QueueRepository
+from jobs.reports import ReportRepository
 from jobs.repository import JobRepository
 from jobs.settings import Settings, load_settings
 from jobs.tables import Job
 from jobs.upkeep import UpkeepRepository
+from jobs.webhooks import WebhookRepository
 from jobs.workers import WorkerRepository
 
 BUSY_TIMEOUT_MS = 10_000
@@ -51,11 +55,15 @@ class UnitOfWork:
     """The repositories over one transaction, and the ids to announce once it is committed."""
 
     jobs: JobRepository
+    events: EventRepository
     attempts: AttemptRepository
     upkeep: UpkeepRepository
     blocks: BlockRepository
     queues: QueueRepository
     workers: WorkerRepository
+    webhooks: WebhookRepository
+    keys: KeyRepository
+    reports: ReportRepository
     outbox: list[str] = field(default_factory=list[str])
 
 
@@ -154,12 +162,16 @@ def alembic_config(connection: Connection) -> Config:
 
 def _work_on(session: Session) -> UnitOfWork:
     return UnitOfWork(
-        JobRepository(session),
-        AttemptRepository(session),
-        UpkeepRepository(session),
-        BlockRepository(session),
-        QueueRepository(session),
-        WorkerRepository(session),
+        jobs=JobRepository(session),
+        events=EventRepository(session),
+        attempts=AttemptRepository(session),
+        upkeep=UpkeepRepository(session),
+        blocks=BlockRepository(session),
+        queues=QueueRepository(session),
+        workers=WorkerRepository(session),
+        webhooks=WebhookRepository(session),
+        keys=KeyRepository(session),
+        reports=ReportRepository(session),
     )
 
 

@@ -17,6 +17,25 @@ class JobActive(RequestError):
     code = "job_active"
 
 
+class JobFinished(RequestError):
+    """The job has succeeded, and what was asked needs that it has not."""
+
+    code = "job_finished"
+
+
+class QueueFull(RequestError):
+    """The caller has as many jobs waiting as it may."""
+
+    code = "queue_full"
+    retryable = True
+
+
+class ReceiverRefused(RequestError):
+    """A webhook's url leads where nothing is sent."""
+
+    code = "validation_failed"
+
+
 class IdempotencyKeyReused(RequestError):
     """The caller used the same ``Idempotency-Key`` before, with another body."""
 

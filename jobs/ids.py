@@ -17,12 +17,17 @@ PREFIX = "job_"
 
 
 def new_job_id() -> str:
-    """Return a fresh id; later ids sort after earlier ones."""
+    """Return a fresh id of a job; later ids sort after earlier ones."""
+    return new_id(PREFIX)
+
+
+def new_id(prefix: str) -> str:
+    """Return a fresh id with another prefix."""
     milliseconds, rest_ns = divmod(time.time_ns(), 1_000_000)
     fraction = rest_ns * 4096 // 1_000_000
     random = int.from_bytes(os.urandom(8)) >> 2
     value = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random
-    return PREFIX + "".join(_LETTERS[value >> 5 * place & 31] for place in reversed(range(_LENGTH)))
+    return prefix + "".join(_LETTERS[value >> 5 * place & 31] for place in reversed(range(_LENGTH)))
 
 
 def parse_job_id(text: str) -> str:

@@ -1,7 +1,7 @@
 """Keys that callers show: 256 random bits with a prefix, of which only the SHA-256 is kept.
 
-A key's entropy is so high that a plain hash is enough; slow hashes are for passwords. ``python -m jobs.keys NAME
-[SCOPE ...]`` makes one: the key, shown once, and the entry for ``SLIMTRIM_API_KEYS``.
+A key's entropy is so high that a plain hash is enough; slow hashes are for passwords. ``python -m jobs.keys`` makes
+them: ``entry`` for ``SLIMTRIM_API_KEYS``, ``create`` in the database (``key_rows.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SCOPES = ("jobs:read", "jobs:write", "jobs:delete", "artifacts:read", "reports:read", "metrics:read")
@@ -33,7 +33,7 @@ class ApiKey:
         match = _ENTRY.fullmatch(entry.strip())
         if match is None:
             raise ValueError(
-                "an API key entry reads name:scope+scope:sha256 (or name:all:sha256); make one with python -m jobs.keys"
+                "an API key entry reads name:scope+scope:sha256 (or name:all:sha256); python -m jobs.keys entry NAME makes one"
             )
         scopes = frozenset(SCOPES if match["scopes"] == "all" else match["scopes"].split("+"))
         if unknown := sorted(scopes - set(SCOPES)):
@@ -58,19 +58,7 @@ def new_key(name: str, scopes: Iterable[str] = SCOPES) -> tuple[str, str]:
     return key, entry
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write a fresh key and its entry to standard output."""
-    if not arguments:
-        sys.stderr.write(f"usage: python -m jobs.keys NAME [SCOPE ...]   scopes: {' '.join(SCOPES)}\n")
-        return 2
-    try:
-        key, entry = new_key(arguments[0], arguments[1:] or SCOPES)
-    except ValueError as refusal:
-        sys.stderr.write(f"{refusal}\n")
-        return 2
-    sys.stdout.write(f"key (shown once):    {key}\nSLIMTRIM_API_KEYS = {entry}\n")
-    return 0
-
-
 if __name__ == "__main__":
+    from jobs.key_commands import main  # here, because the settings read this module
+
     raise SystemExit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from jobs.clock import now
 from jobs.errors import IllegalMove
 from jobs.status import ALLOWED, TERMINAL, JobStatus
 from jobs.tables import Job, JobEvent
+from jobs.webhooks import note_delivery
 
 Data = dict[str, Any] | Callable[[Job], dict[str, Any]] | None
 """What an event says: known beforehand, or read off the row as it is after the change."""
@@ -63,6 +64,13 @@ def change(
     job = session.scalars(statement).one_or_none()
     if job is not None and event is not None:
         said = data(job) if callable(data) else data
-        session.add(JobEvent(job_id=job_id, seq=job.last_seq, type=event, data=said or {}))
-        session.flush()
+        record_event(session, job, event, said or {})
     return job
+
+
+def record_event(session: Session, job: Job, event: str, data: dict[str, Any]) -> None:
+    """Write an event under the number that the row has now, and the delivery of it that the job's webhook asks for."""
+    row = JobEvent(job_id=job.id, seq=job.last_seq, type=event, data=data)
+    session.add(row)
+    session.flush()
+    note_delivery(session, job, row)

@@ -14,11 +14,16 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session, undefer
 
 from jobs.clock import now
-from jobs.errors import IdempotencyKeyReused, JobActive, JobNotFound
-from jobs.moves import change, move
+from jobs.errors import IdempotencyKeyReused, JobActive, JobFinished, JobNotFound, QueueFull
+from jobs.moves import change, move, record_event
 from jobs.status import TERMINAL, JobStatus
-from jobs.tables import Document, IdempotencyKey, Job, JobAttempt, JobEvent, JobLabel, new_job_id
+from jobs.tables import Document, IdempotencyKey, Job, JobAttempt, JobEvent, JobLabel, WebhookDelivery, new_job_id
 
+_SPECIFICATION = (
+    "owner", "model", "request", "resolved", "plan", "spec_hash", "labels", "memory_class", "max_attempts", "max_runtime_s",
+    "max_queue_s",
+)  # fmt: skip
+"""What a job is to do and within which limits, apart from what became of it."""
 KEYS_KEPT_S = 7 * 86_400
 """Seconds for which an idempotency key is remembered."""
 
@@ -78,27 +83,28 @@ class JobRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def add(self, job: Job, idempotency: Idempotency | None = None) -> Added:
-        """Record a job as queued, or return the one that the same key made before.
+    def add(self, job: Job, idempotency: Idempotency | None = None, *, queue_limit: int | None = None) -> Added:
+        """Record a job as queued, or return the one that the same key made before; ``QueueFull`` if too many wait.
 
         Key, job and first event are one transaction: a POST that failed has stored nothing, and its retry is simply
         a first try. The caller puts ``added.job.id`` into the outbox unless it was replayed.
         """
-        if idempotency is not None:
-            self._wait_for_twins(idempotency)
-            if (earlier := self.replay(idempotency)) is not None:
-                return Added(earlier, replayed=True)
+        self._one_at_a_time(job.owner)
+        if idempotency is not None and (earlier := self.replay(idempotency)) is not None:
+            return Added(earlier, replayed=True)
+        if queue_limit is not None:
+            self._check_room(job.owner, queue_limit)
         job.id = job.id or new_job_id()
         job.queue_deadline = now(job.max_queue_s if job.max_queue_s is not None else 604_800)  # pyright: ignore
         job.last_seq = 1
         self._session.add(job)
         self._session.flush()
-        self._session.add(JobEvent(job_id=job.id, seq=1, type="job.created"))
+        self._session.refresh(job)
+        record_event(self._session, job, "job.created", {})
         self._session.add_all(JobLabel(job_id=job.id, name=name, value=value) for name, value in job.labels.items())
         if idempotency is not None:
             self._remember(idempotency, job.id)
         self._session.flush()
-        self._session.refresh(job)
         return Added(job, replayed=False)
 
     def replay(self, idempotency: Idempotency) -> Job | None:
@@ -111,6 +117,15 @@ class JobRepository:
         if row.fingerprint != idempotency.fingerprint:
             raise IdempotencyKeyReused("this Idempotency-Key came before with another body; use a fresh key for a new request")
         return self.get(idempotency.owner, row.job_id)
+
+    def again(self, owner: str, job_id: str) -> Job:
+        """Return a new job, not recorded yet, that does what a failed, cancelled or expired one was to do."""
+        old = self.get(owner, job_id)
+        if not old.is_over:
+            raise JobActive(f"job {job_id} is {old.status}; only a job that has ended is tried again")
+        if old.status == JobStatus.SUCCEEDED:
+            raise JobFinished(f"job {job_id} has succeeded; create a new job to do the same once more")
+        return Job(retry_of=old.id, **{name: getattr(old, name) for name in _SPECIFICATION})
 
     def get(self, owner: str, job_id: str) -> Job:
         """Return the owner's job, or raise ``JobNotFound``."""
@@ -178,17 +193,24 @@ class JobRepository:
             raise JobActive(f"job {job_id} is {job.status}; cancel it and wait for its end before deleting it")
         for table in (JobEvent, JobLabel):
             self._session.execute(delete(table).where(table.job_id == job_id))
+        # What is still to be told is told: it was promised when the event happened.
+        told = WebhookDelivery.job_id == job_id, WebhookDelivery.state != "pending"
+        self._session.execute(delete(WebhookDelivery).where(*told))
         return prefix
+
+    def _one_at_a_time(self, owner: str) -> None:
+        # SQLite has one writer. PostgreSQL has many, and two could miss each other's key, or count the same last place.
+        if self._session.get_bind().dialect.name == "postgresql":
+            self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"queue of {owner}", 0))))
+
+    def _check_room(self, owner: str, limit: int) -> None:
+        waiting = self._session.scalar(select(func.count()).where(Job.owner == owner, Job.status == JobStatus.QUEUED))
+        if waiting is not None and waiting >= limit:
+            raise QueueFull(f"{waiting} of your jobs are waiting, of {limit} that may; let some of them start, or cancel some")
 
     def _with_documents(self, owner: str, job_id: str) -> Job:
         query = select(Job).where(*_visible(owner), Job.id == job_id).options(undefer(Job.report), undefer(Job.manifest))
         return _found(self._session.scalars(query.execution_options(populate_existing=True)).one_or_none(), job_id)
-
-    def _wait_for_twins(self, idempotency: Idempotency) -> None:
-        """Let another request with this key end first. On SQLite a writer is alone from its beginning."""
-        if self._session.get_bind().dialect.name == "postgresql":
-            number = int.from_bytes(bytes.fromhex(idempotency.key_hash)[:8], signed=True)
-            self._session.execute(select(func.pg_advisory_xact_lock(number)))
 
     def _remember(self, idempotency: Idempotency, job_id: str) -> None:
         # An expired twin may still be there; the primary key would refuse ours.

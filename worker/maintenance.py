@@ -24,6 +24,7 @@ from jobs.queue import Announcer
 from jobs.settings import Settings, load_settings
 from jobs.storage import open_storage
 from jobs.turn import Turn
+from worker.webhooks import start_dispatcher
 from worker.workspace import remove
 
 HEARD_AT_MOST = 16
@@ -43,7 +44,7 @@ class Maintenance:
         self._settings = settings
         self.engine = make_engine(settings)
         require_current_schema(self.engine)
-        self._open_session, self._open_reader = session_maker(self.engine), reader_maker(self.engine)
+        self.open_session, self._open_reader = session_maker(self.engine), reader_maker(self.engine)
         self._announcer = Announcer(settings)
         self._storage = open_storage(settings)
 
@@ -51,7 +52,7 @@ class Maintenance:
         """End what is overdue and announce what is due."""
         # A worker fails its own job at the deadline; half a minute and a lease later it evidently cannot.
         grace_s = self._settings.lease_s + 30.0
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             requeued = work.upkeep.expire_leases()
             work.outbox.extend(requeued)
             overdue = work.upkeep.expire_runtimes(grace_s)
@@ -63,7 +64,7 @@ class Maintenance:
 
     def clean(self) -> None:
         """Remove scratch folders and artifacts that no attempt uses and no job shows, and forget old keys."""
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             work.upkeep.forget_keys()
             stale = work.blocks.forget_stale(self._settings.blocks_kept_s)
             work.workers.forget_silent()
@@ -91,7 +92,7 @@ class Maintenance:
         )
         if not short:
             return
-        with unit_of_work(self._open_session, self._announcer.announce) as work:
+        with unit_of_work(self.open_session, self._announcer.announce) as work:
             for name, room in short.items():
                 work.outbox.extend(work.upkeep.next_claimable(name, self._settings.announce_after_s, room))
 
@@ -136,6 +137,7 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
+    start_dispatcher(settings, maintenance.open_session, stop)
     with Turn(maintenance.engine, settings.data_dir / "maintenance.lock") as turn:
         _loop(maintenance, turn, settings.maintenance_s, stop)
     return 0

@@ -22,14 +22,14 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from api.contract import FILE_HEADERS, problems
-from api.dependencies import ArtifactReader, Credentials, Reader, Running, admit
+from api.dependencies import ArtifactReader, LinkHolder, Reader, Running
 from api.errors import Problem
 from api.headers import names_tag, range_of, require_accept
-from api.moments import moment
 from api.schemas import ArtifactFile, ArtifactView
 from api.service import Service
 from api.signing import LONGEST_S, Link, expiry
 from api.views import as_json
+from jobs.clock import moment
 from jobs.database import UnitOfWork
 from jobs.ids import parse_job_id
 from jobs.storage import Manifest, ManifestFile, Storage, as_manifest, media_type
@@ -53,7 +53,7 @@ class StoredFile:
         return f'"{self.sha256}"'
 
 
-@router.get("", response_model=ArtifactView, responses=problems(401, 403, 404, 409))
+@router.get("", response_model=ArtifactView, responses=problems(401, 403, 404, 409, 429))
 def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service: Running, job_id: str) -> Response:
     """Return every file of the artifact with its hash, and a link to each that needs no key."""
     require_accept(request.headers, "application/json")
@@ -72,13 +72,13 @@ def get_artifact(request: Request, caller: ArtifactReader, work: Reader, service
         206: {"description": "The range that was asked for.", "content": {"application/octet-stream": {}}},
         304: {"description": "The caller's copy is still right."},
         307: {"description": "The file lies in a bucket; Location is good for a quarter of an hour."},
-        **problems(401, 403, 404, 409, 412, 416),
+        **problems(401, 403, 404, 409, 412, 416, 429),
     },
     openapi_extra={"parameters": FILE_HEADERS},
 )
 def get_file(
     request: Request,
-    credentials: Credentials,
+    caller: LinkHolder,
     work: Reader,
     service: Running,
     job_id: str,
@@ -90,12 +90,11 @@ def get_file(
 ) -> Response:
     """Return a file of the artifact, whole or one range of it."""
     parse_job_id(job_id)
-    if signature is not None:
+    if caller is None:
         link = Link(job_id, artifact or "", path, sha256 or "", expires or 0)
-        service.signer.check(link, signature)
+        service.signer.check(link, signature or "")
         file = _linked_file(work, link)
     else:
-        caller = admit(service.settings, credentials, "artifacts:read")
         file = _listed_file(work, caller.name, job_id, path)
     method = "HEAD" if getattr(request.state, "head", False) else "GET"
     url = service.storage.link(file.key, LONGEST_S, PurePosixPath(file.path).name, method)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api.contract import problems
-from api.dependencies import AnyCaller, ReportReader
+from api.dependencies import AnyCaller
 from api.headers import require_accept
 from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
 from api.views import as_json
@@ -19,24 +19,18 @@ from compression.planner.availability import available_steps
 router = APIRouter(tags=["catalog"])
 
 
-@router.get("/v1/steps", response_model=StepList, responses=problems(401))
+@router.get("/v1/steps", response_model=StepList, responses=problems(401, 429))
 def list_steps(request: Request, caller: AnyCaller) -> Response:
     """List every step of the contract with its settings, paper and evidence; ``available`` says what is built."""
     require_accept(request.headers, "application/json")
     return as_json(StepList(data=[StepView.model_validate(step) for step in available_steps()]))
 
 
-@router.get("/v1/architectures", response_model=ArchitectureList, responses=problems(401))
+@router.get("/v1/architectures", response_model=ArchitectureList, responses=problems(401, 429))
 def list_architectures(request: Request, caller: AnyCaller) -> Response:
     """List the model types that can be compressed."""
     require_accept(request.headers, "application/json")
     return as_json(ArchitectureList(data=[_architecture_view(row) for row in ARCHITECTURES.values()]))
-
-
-@router.get("/v1/reports", responses=problems(401, 403, 422))
-def list_reports(caller: ReportReader) -> None:
-    """Not available yet: finished reports, comparable across jobs."""
-    _refuse("GET /v1/reports", "read each job's report at /v1/jobs/{id}/report")
 
 
 @router.get("/metrics", responses=problems(422))

@@ -1,10 +1,9 @@
-"""Jobs: create, read, list, cancel, delete; their events and reports."""
+"""Jobs: create, read, list, cancel, try again, delete; their reports. Their events are in ``events.py``."""
 
 from __future__ import annotations
 
 import logging
 from typing import Annotated, Any
-from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
@@ -25,15 +24,17 @@ from api.dependencies import (
 )
 from api.errors import Problem
 from api.headers import idempotency_key_of, names_tag, require_accept, wait_of
-from api.schemas import EventList, JobList, JobView
-from api.submission import submit
-from api.views import as_json, event_view, job_headers, job_view, job_views
+from api.pages import link_to_next
+from api.schemas import JobList, JobView
+from api.service import Service
+from api.submission import retry, submit
+from api.views import as_json, job_headers, job_view, job_views
 from api.waiting import Seen, see_when
-from compression.errors import NotAvailable, SlimtrimError
+from compression.errors import SlimtrimError
 from jobs.database import unit_of_work
 from jobs.errors import JobNotFound
 from jobs.ids import parse_job_id
-from jobs.repository import JobFilter
+from jobs.repository import Added, JobFilter
 from jobs.status import JobStatus
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -46,7 +47,10 @@ _LABEL = "label."
 CREATED: dict[int | str, dict[str, Any]] = {
     201: {
         "description": "The job. It is durable when the answer is sent.",
-        "headers": {"Location": {"schema": {"type": "string"}}},
+        "headers": {
+            "Location": {"schema": {"type": "string"}},
+            "Idempotent-Replayed": {"description": "An earlier POST with this key made the job.", "schema": {"type": "string"}},
+        },
     }
 }
 
@@ -55,7 +59,7 @@ CREATED: dict[int | str, dict[str, Any]] = {
     "",
     status_code=201,
     response_model=JobView,
-    responses={**CREATED, **problems(401, 403, 409, 413, 415, 422)},
+    responses={**CREATED, **problems(401, 403, 404, 409, 413, 415, 422, 429)},
     openapi_extra={**BODY, "parameters": [IDEMPOTENCY_KEY, PREFER]},
 )
 async def create_job(request: Request, caller: JobWriter, body: Body, service: Running) -> Response:
@@ -64,14 +68,10 @@ async def create_job(request: Request, caller: JobWriter, body: Body, service: R
     refuse_unknown_parameters(request)
     key = idempotency_key_of(request.headers)
     added = await to_thread.run_sync(submit, service, caller.name, body, key)
-    seen, applied = await _wait(request, service, caller.name, added.job.id)
-    headers = {**seen.headers, **applied, "Location": seen.view.links.self}
-    if added.replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return as_json(seen.view, 201, headers)
+    return await _created(request, service, caller.name, added)
 
 
-@router.get("", response_model=JobList, responses=problems(401, 403, 422))
+@router.get("", response_model=JobList, responses=problems(401, 403, 422, 429))
 def list_jobs(
     request: Request,
     caller: JobReader,
@@ -88,13 +88,13 @@ def list_jobs(
     page = work.jobs.list(caller.name, JobFilter(status or (), model, labels), limit, after=_job_cursor(after))
     data = job_views(page.jobs, work)
     view = JobList(data=data, has_more=page.next_cursor is not None, next_cursor=page.next_cursor)
-    return as_json(view, headers=_link_to_next(request, page.next_cursor))
+    return as_json(view, headers=link_to_next(request, page.next_cursor))
 
 
 @router.get(
     "/{job_id}",
     response_model=JobView,
-    responses={304: {"description": "The caller's copy is still right."}, **problems(401, 403, 404)},
+    responses={304: {"description": "The caller's copy is still right."}, **problems(401, 403, 404, 429)},
     openapi_extra={"parameters": [IF_NONE_MATCH, PREFER]},
 )
 async def get_job(request: Request, caller: JobReader, service: Running, job_id: str) -> Response:
@@ -111,7 +111,7 @@ async def get_job(request: Request, caller: JobReader, service: Running, job_id:
     "/{job_id}/cancel",
     status_code=202,
     response_model=JobView,
-    responses={200: {"description": "The job had ended before; unchanged.", "model": JobView}, **problems(401, 403, 404)},
+    responses={200: {"description": "The job had ended before; unchanged.", "model": JobView}, **problems(401, 403, 404, 429)},
 )
 def cancel_job(request: Request, caller: JobWriter, work: Work, job_id: str) -> Response:
     """Cancel a queued job at once; ask a running one to stop at the end of its block."""
@@ -122,14 +122,23 @@ def cancel_job(request: Request, caller: JobWriter, work: Work, job_id: str) -> 
     return as_json(view, 200 if was_over else 202, job_headers(job, view))
 
 
-@router.post("/{job_id}/retry", status_code=201, response_model=JobView, responses=problems(401, 403, 404, 409, 422))
-def retry_job(caller: JobWriter, work: Reader, job_id: str) -> Response:
-    """Not available yet: continue a failed or cancelled job as a new one."""
-    work.jobs.get(caller.name, parse_job_id(job_id))
-    raise NotAvailable("retry is not available yet; POST the same request again as a new job")
+@router.post(
+    "/{job_id}/retry",
+    status_code=201,
+    response_model=JobView,
+    responses={**CREATED, **problems(401, 403, 404, 409, 422, 429)},
+    openapi_extra={"parameters": [IDEMPOTENCY_KEY, PREFER]},
+)
+async def retry_job(request: Request, caller: JobWriter, service: Running, job_id: str) -> Response:
+    """Do what a failed, cancelled or expired job was to do, as a new job on the same commit; the old one never changes."""
+    require_accept(request.headers, JSON)
+    refuse_unknown_parameters(request)
+    key = idempotency_key_of(request.headers)
+    added = await to_thread.run_sync(retry, service, caller.name, parse_job_id(job_id), key)
+    return await _created(request, service, caller.name, added)
 
 
-@router.delete("/{job_id}", status_code=204, responses=problems(401, 403, 404, 409))
+@router.delete("/{job_id}", status_code=204, responses=problems(401, 403, 404, 409, 429))
 def delete_job(caller: JobDeleter, service: Running, job_id: str) -> Response:
     """Remove a finished job's artifact and forget its contents; a tombstone stays."""
     with unit_of_work(service.open_session, service.announce) as work:
@@ -142,29 +151,11 @@ def delete_job(caller: JobDeleter, service: Running, job_id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/{job_id}/events", response_model=EventList, responses=problems(401, 403, 404, 422))
-def list_events(
-    request: Request,
-    caller: JobReader,
-    work: Reader,
-    job_id: str,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(description="A seq; the page begins with the next event.")] = None,
-) -> Response:
-    """Return what happened to a job, oldest first. A live stream (text/event-stream) is not available yet."""
-    require_accept(request.headers, JSON, later=["text/event-stream"])
-    refuse_unknown_parameters(request, "limit", "after")
-    events = work.jobs.events(caller.name, parse_job_id(job_id), after=_event_cursor(after), limit=limit + 1)
-    data = [event_view(event) for event in events[:limit]]
-    cursor = data[-1].seq if len(events) > limit else None
-    return as_json(EventList(data=data, has_more=cursor is not None, next_cursor=cursor), headers=_link_to_next(request, cursor))
-
-
 @router.get(
     "/{job_id}/report",
     responses={
         200: {"description": "What did happen, as data.", "content": {JSON: {"schema": {"type": "object"}}}},
-        **problems(401, 403, 404, 409, 422),
+        **problems(401, 403, 404, 409, 422, 429),
     },
 )
 def get_report(request: Request, caller: ReportReader, work: Reader, job_id: str) -> Response:
@@ -179,7 +170,15 @@ def get_report(request: Request, caller: ReportReader, work: Reader, job_id: str
     return Response(to_json(report), media_type=JSON)
 
 
-async def _wait(request: Request, service: Running, owner: str, job_id: str) -> tuple[Seen, dict[str, str]]:
+async def _created(request: Request, service: Service, owner: str, added: Added) -> Response:
+    seen, applied = await _wait(request, service, owner, added.job.id)
+    headers = {**seen.headers, **applied, "Location": seen.view.links.self}
+    if added.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return as_json(seen.view, 201, headers)
+
+
+async def _wait(request: Request, service: Service, owner: str, job_id: str) -> tuple[Seen, dict[str, str]]:
     """Return the job, after waiting for it if the caller prefers that, and the header that says so."""
     seconds = wait_of(request.headers)
     known = request.headers.get("if-none-match") if request.method == "GET" else None
@@ -196,18 +195,3 @@ def _job_cursor(after: str | None) -> str | None:
         return None if after is None else parse_job_id(after)
     except JobNotFound as error:
         raise Problem("invalid_cursor", f"{after!r} is not a cursor; take next_cursor of the page before") from error
-
-
-def _event_cursor(after: str | None) -> int:
-    if after is None:
-        return 0
-    if not after.isdecimal() or len(after) > 15:
-        raise Problem("invalid_cursor", f"{after[:100]!r} is not a cursor; take next_cursor of the page before")
-    return int(after)
-
-
-def _link_to_next(request: Request, cursor: str | int | None) -> dict[str, str]:
-    if cursor is None:
-        return {}
-    query = [(name, value) for name, value in request.query_params.multi_items() if name != "after"]
-    return {"Link": f'<{request.url.path}?{urlencode([*query, ("after", cursor)])}>; rel="next"'}

@@ -15,7 +15,7 @@ from compression.plan import Plan
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 
-@router.post("", response_model=Plan, responses=problems(401, 403, 413, 415, 422), openapi_extra=BODY)
+@router.post("", response_model=Plan, responses=problems(401, 403, 413, 415, 422, 429), openapi_extra=BODY)
 def make_plan(request: Request, caller: JobReader, body: Body, service: Running) -> Response:
     """Say what a job with this body would do, and how many bytes would be left; or why it could not be done."""
     require_accept(request.headers, "application/json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,10 @@ def open_face(tmp_path: Path, empty_database: Path) -> OpenFace:
         model = write_mixtral(roots / "mixtral")
         settings = Settings(**{"data_dir": tmp_path / "data", "model_roots": (roots,), **overrides})
         settings.data_dir.mkdir(exist_ok=True)
-        shutil.copy(empty_database, settings.data_dir)
+        if settings.database_url is None:
+            shutil.copy(empty_database, settings.data_dir)
+        else:
+            migrate(settings)
         announced: list[str] = []
         app = create_app(settings, lambda job_id, _: announced.append(job_id))
         with TestClient(app, base_url=LOOPBACK, raise_server_exceptions=False) as client:
@@ -113,4 +116,33 @@ def open_face(tmp_path: Path, empty_database: Path) -> OpenFace:
 def face(open_face: OpenFace) -> Iterator[Face]:
     """A service without keys."""
     with open_face() as opened:
+        yield opened
+
+
+class Databases(Mapping[str, str | None]):
+    """Kind of database -> the setting that names an empty one; a server starts when it is first asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    def __getitem__(self, kind: str) -> str | None:
+        return None if kind == "sqlite" else self._request.getfixturevalue("postgres").fresh_url()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("sqlite", "postgresql"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def database_of(request: pytest.FixtureRequest) -> Databases:
+    """``database_of["postgresql"]``: what to set ``database_url`` to."""
+    return Databases(request)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_face(request: pytest.FixtureRequest, open_face: OpenFace, database_of: Databases) -> Iterator[Face]:
+    """A service without keys, on either kind of database."""
+    with open_face(database_url=database_of[request.param]) as opened:
         yield opened

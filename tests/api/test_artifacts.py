@@ -252,7 +252,7 @@ def test_a_link_dies_with_its_artifact(guarded: Guarded):
 def test_the_secret_outlives_the_process_and_is_its_owners_alone(guarded: Guarded):
     face, _, link = guarded
     folder = face.service.settings.data_dir
-    again = api.signing.LinkSigner.in_folder(folder)
+    again = api.signing.LinkSigner.of(face.service.settings)
     parts = dict(parse_qsl(urlsplit(link).query))
     job_id = link.split("/")[3]
 

@@ -113,6 +113,30 @@ def test_the_body_of_a_job_is_described_with_every_step(document: dict[str, Any]
     assert schemas["JobRequest"]["additionalProperties"] is False
 
 
+def test_streams_retries_and_reports_are_described_as_they_are(document: dict[str, Any]):
+    paths, schemas = document["paths"], document["components"]["schemas"]
+    events, retry, reports = (
+        paths[path][method]
+        for path, method in (
+            ("/v1/jobs/{job_id}/events", "get"), ("/v1/jobs/{job_id}/retry", "post"), ("/v1/reports", "get"),
+        )
+    )  # fmt: skip
+
+    def parameters(operation: dict[str, Any], place: str) -> set[str]:
+        return {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == place}
+
+    assert set(events["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert (parameters(events, "header"), parameters(events, "query")) == ({"Last-Event-ID"}, {"limit", "after"})
+    assert set(retry["responses"]["201"]["headers"]) == {"Location", "Idempotent-Replayed"}
+    assert parameters(retry, "header") == {"Idempotency-Key", "Prefer"}
+    assert parameters(reports, "query") == {"model", "max_bytes", "min_retention", "order", "limit", "after"}
+    assert set(schemas["ReportOrder"]["enum"]) == {"newest", "bytes", "retention"}
+    assert {"id", "recipe", "ratio", "retention", "finished_at", "links"} <= set(schemas["ReportSummary"]["required"])
+    assert set(schemas["Webhook"]["properties"]) == {"url", "events"}
+    limited = paths["/v1/jobs"]["get"]["responses"]["429"]["headers"]
+    assert set(limited) == {"Retry-After", "RateLimit", "RateLimit-Policy"}
+
+
 def test_every_problem_is_declared_as_problem_json(document: dict[str, Any]):
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -132,6 +156,11 @@ def test_the_statuses_that_these_tests_meet_are_declared(document: dict[str, Any
     assert declared["/v1/jobs/{job_id}", "get"] >= {200, 304, 401, 403, 404}
     assert declared["/v1/jobs/{job_id}/cancel", "post"] >= {200, 202, 404}
     assert declared["/v1/jobs/{job_id}", "delete"] >= {204, 404, 409}
+    assert declared["/v1/jobs/{job_id}/retry", "post"] >= {201, 400, 401, 403, 404, 409, 422, 429, 503}
+    assert declared["/v1/jobs/{job_id}/events", "get"] >= {200, 204, 400, 401, 403, 404, 406, 422, 429, 503}
+    assert declared["/v1/reports", "get"] >= {200, 400, 401, 403, 422, 429}
+    for (path, _), statuses in declared.items():
+        assert not path.startswith("/v1") or 429 in statuses, f"a caller may be told at {path} to wait"
     assert declared["/v1/jobs/{job_id}/artifact/files/{path}", "get"] >= {200, 206, 304, 401, 404, 409, 412, 416}
 
 
@@ -169,11 +198,13 @@ def test_a_served_plan_loads_neither_torch_nor_its_friends(tmp_path: Path):
 import sys
 from pathlib import Path
 from starlette.testclient import TestClient
+import api.app
 from api.app import create_app
 from jobs.database import migrate
 from jobs.settings import Settings
 folder = Path(sys.argv[1])
 settings = Settings(data_dir=folder / "data", model_roots=(folder / "models",))
+api.app.import_solver = lambda: None  # loads numpy beside the first requests, by intention
 migrate(settings)
 with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
     body = {"model": "file://" + sys.argv[2], "recipe": {"steps": [{"step": "quantize"}]}}

@@ -15,6 +15,12 @@ from jobs.errors import JobNotFound
 from tests.api.conftest import Face
 
 
+@pytest.fixture
+def face(any_face: Face) -> Face:
+    """Each of these is a promise on either database."""
+    return any_face
+
+
 class AtTheAnswer:
     """Between application and server: calls back when the first byte of an answer is about to leave."""
 

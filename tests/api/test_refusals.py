@@ -88,6 +88,13 @@ def test_a_mistyped_field_is_refused_where_it_stands(face: Face):
         ({"target_memory": True}, "/target_memory"),
         ({"limits": {"max_attempts": 0}}, "/limits/max_attempts"),
         ({"webhook": {"url": "gopher://x"}}, "/webhook/url"),
+        ({"webhook": {"url": "http://example.org/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://ann:secret@example.org/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://example.org:8443/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://127.0.0.1/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://[::ffff:10.0.0.1]/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://2130706433/x"}}, "/webhook/url"),
+        ({"webhook": {"url": "https://localhost/x"}}, "/webhook/url"),
         ({"labels": {str(number): "x" for number in range(17)}}, "/labels"),
         ({"labels": {"team": 5}}, "/labels/team"),
         ({"revision": "../main"}, None),
@@ -116,7 +123,6 @@ def test_every_fault_is_told_at_once(face: Face):
 @pytest.mark.parametrize(
     ("members", "pointer"),
     [
-        ({"webhook": {"url": "https://example.org/x"}}, "/webhook"),
         ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
         ({"evaluation": {"speed": True}}, "/evaluation/speed"),
         ({"recipe": {"steps": [{"step": "recover", "method": "lora"}]}}, "/recipe/steps/0/step"),

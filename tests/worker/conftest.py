@@ -1,4 +1,4 @@
-"""A stand of its own for every test that asks for one."""
+"""A stand, or a database, of its own for every test that asks for one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs.conftest import Rows
 from tests.servers import Postgres, Redis
 from tests.worker.stand import Stand, a_stand
 
@@ -27,3 +28,10 @@ def parts(request: pytest.FixtureRequest) -> dict[str, str]:
 def stand(tmp_path: Path) -> Iterator[Stand]:
     with a_stand(tmp_path) as stand:
         yield stand
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Iterator[Rows]:
+    rows = Rows(tmp_path / "data")
+    yield rows
+    rows.engine.dispose()

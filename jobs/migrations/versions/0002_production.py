@@ -36,6 +36,13 @@ def upgrade() -> None:
     # Attempts that were lost so far are counted as if none of them had kept anything, as was the case.
     op.execute("UPDATE jobs SET fruitless = attempt - 1")
     op.execute("UPDATE jobs SET announced_at = queued_at WHERE announced_at IS NULL")
+    figures = "bytes_after", "retention"
+    if op.get_bind().dialect.name == "postgresql":
+        types = "bigint", "double precision"
+        filled = ", ".join(f"{name} = (result->>'{name}')::{kind}" for name, kind in zip(figures, types, strict=True))
+    else:
+        filled = ", ".join(f"{name} = json_extract(result, '$.{name}')" for name in figures)
+    op.execute(f"UPDATE jobs SET {filled} WHERE status = 'succeeded' AND result IS NOT NULL")
     with op.batch_alter_table("jobs") as jobs:
         jobs.alter_column("memory_class", server_default=None)
         jobs.alter_column("fruitless", server_default=None)
@@ -106,6 +113,7 @@ def _create_webhook_deliveries() -> None:
         sa.Column("job_id", ID, sa.ForeignKey("jobs.id"), nullable=False),
         sa.Column("seq", sa.Integer(), nullable=False),
         sa.Column("url", sa.String(2048), nullable=False),
+        sa.Column("receiver", sa.String(300), nullable=False),
         sa.Column("payload", DOCUMENT, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
