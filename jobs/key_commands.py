@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = load_settings()
         engine = make_engine(settings)
         require_current_schema(engine)
-        with unit_of_work(session_maker(engine), lambda _: None) as work:
+        with unit_of_work(session_maker(engine), lambda _id, _class: None) as work:
             said, code = _act(work, settings, asked)
     except (SlimtrimError, ValueError) as refusal:
         sys.stderr.write(f"{refusal}\n")
