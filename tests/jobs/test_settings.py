@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from jobs.errors import SettingsRefused
 from jobs.keys import SCOPES, ApiKey, digest, main, new_key
@@ -146,6 +147,18 @@ def test_the_key_command_prints_an_entry_that_the_settings_take(
 
     assert (ann.matches(key), ann.scopes, bob.name) == (True, frozenset({"jobs:read"}), "bob")
     assert main([]) == main(["ann", "jobs:fly"]) == 2
+
+
+def test_passwords_in_addresses_do_not_show():
+    urls = {"database_url": "postgresql://u:canary@h/d", "broker_url": "redis://:canary@h:1/0"}
+
+    assert "canary" not in repr(Settings(**urls)) + str(Settings(**urls))
+    with pytest.raises(SettingsRefused) as refusal:
+        load_settings(database_url="mysql://u:canary@h/d")
+    assert "canary" not in str(refusal.value)
+    with pytest.raises(ValidationError) as raw:
+        Settings(**urls, port="canary")
+    assert "canary" not in str(raw.value)
 
 
 def test_a_token_does_not_show():
