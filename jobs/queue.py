@@ -11,18 +11,13 @@ is a folder or Redis. Tasks are named, not imported; this module knows no task c
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import ssl
 import time
-import uuid
-from pathlib import Path
-from queue import Empty
 from typing import Any
 
 from celery import Celery
 from kombu.entity import Queue
-from kombu.transport import filesystem
 
 from compression.planner.sizes import MEMORY_CLASSES
 from jobs.settings import Settings
@@ -39,43 +34,6 @@ _SENDERS = 64
 """Connections for sending at once, more than an API process has threads: none of them waits for another's timeout."""
 
 _log = logging.getLogger(__name__)
-
-
-class FolderChannel(filesystem.Channel):
-    """A folder as a queue, in which a message is either whole or not there, and is taken by exactly one reader.
-
-    kombu's own channel writes a message under its final name, so that a reader can meet it half-written and die of
-    it, and takes it through the shared temporary folder. Here both are renames inside one folder.
-    """
-
-    def _put(self, queue: str, payload: Any, **_: Any) -> None:
-        folder = Path(self.data_folder_out)
-        # Zero-padded nanoseconds since the epoch: names sort by age, also across a reboot.
-        place = folder / f"{time.time_ns():020d}_{uuid.uuid4()}.{queue}.msg"
-        unfinished = place.with_name(f".{place.name}")
-        unfinished.write_text(json.dumps(payload), encoding="utf-8")
-        unfinished.rename(place)
-
-    def _get(self, queue: str) -> Any:
-        folder = Path(self.data_folder_in)
-        for name in sorted(os.listdir(folder)):
-            if name.partition(".")[2] != f"{queue}.msg":
-                continue
-            taken = folder / f".{name}.taken"
-            try:
-                (folder / name).rename(taken)
-            except FileNotFoundError:  # another worker was faster
-                continue
-            message = taken.read_text(encoding="utf-8")
-            taken.unlink()
-            return json.loads(message)
-        raise Empty
-
-
-class FolderTransport(filesystem.Transport):
-    """kombu's filesystem transport over ``FolderChannel``."""
-
-    Channel = FolderChannel
 
 
 class Announcer:
@@ -150,6 +108,7 @@ def _is_redis(settings: Settings) -> bool:
 
 
 def _redis(settings: Settings) -> dict[str, Any]:
+    assert settings.broker_url is not None
     options = {
         "visibility_timeout": VISIBILITY_S,
         # Several programs may share a Redis; these keys are ours.
@@ -163,8 +122,14 @@ def _redis(settings: Settings) -> dict[str, Any]:
         "health_check_interval": 25,
         "retry_on_timeout": True,
     }
-    # kombu reads the timeout in two places.
-    return {"broker_url": settings.broker_url, "broker_transport_options": options, "visibility_timeout": VISIBILITY_S}
+    return {
+        "broker_url": settings.broker_url,
+        "broker_transport": "jobs.transports:RedisTransport",
+        # Left alone, kombu takes any certificate for a rediss:// address.
+        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker_url.startswith("rediss:") else None,
+        "broker_transport_options": options,
+        "visibility_timeout": VISIBILITY_S,  # Celery reads it here too; the shorter one would count
+    }
 
 
 def _folder(settings: Settings) -> dict[str, Any]:
@@ -179,6 +144,6 @@ def _folder(settings: Settings) -> dict[str, Any]:
     }
     return {
         "broker_url": settings.broker_url or "filesystem://",
-        "broker_transport": "jobs.queue:FolderTransport",
+        "broker_transport": "jobs.transports:FolderTransport",
         "broker_transport_options": options,
     }

@@ -59,7 +59,7 @@ class Job(Base):
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_queue_deadline", "status", "queue_deadline"),
         Index("ix_jobs_memory_class_status_id", "memory_class", "status", "id"),
-        Index("ix_jobs_memory_class_status_announced_at", "memory_class", "status", "announced_at"),
+        Index("ix_jobs_memory_class_status_announced_at_id", "memory_class", "status", "announced_at", "id"),
         Index("ix_jobs_owner_bytes_after", "owner", "bytes_after"),
         Index("ix_jobs_fingerprint", "fingerprint"),
         CheckConstraint("attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts", name="attempt_in_range"),

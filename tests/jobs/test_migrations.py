@@ -10,14 +10,18 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from jobs.database import alembic_config, make_engine, migrate, migrating, require_current_schema, schema_is_current
+import jobs.database
+from jobs.database import alembic_config, make_engine, migrate, migrating, reader_maker, require_current_schema, schema_is_current
 from jobs.errors import SchemaOutOfDate
 from jobs.settings import Settings
-from jobs.tables import Base
+from jobs.tables import Base, Job
 from tests.jobs.conftest import OWNER, Rows
+
+MIGRATIONS = Path(jobs.database.__file__).parent / "migrations"
 
 
 def test_the_migrated_schema_is_that_of_the_tables(rows: Rows):
@@ -49,6 +53,39 @@ def test_down_and_up_again_with_rows_present_leaves_empty_tables(rows: Rows):
     rows.claimed()
 
 
+JOB_OF_OLD = (
+    "INSERT INTO jobs (id, owner, model, status, progress, fraction, noted_fraction, request, resolved, labels, spec_hash,"
+    " attempt, max_attempts, fence, max_runtime_s, max_queue_s, created_at, queued_at, last_seq, version) VALUES ('job_1', 'ann', 'm/m',"
+    " 'queued', '{}', 0, 0, '{}', '{}', '{}', '0', 2, 3, 1, 1, 1, '2026-11-01 00:00:00', '2026-11-02 00:00:00', 1, 1)"
+)
+"""A job of the first revision that failed once and waits for its next attempt."""
+
+
+def test_rows_live_through_every_revision_up_and_down(empty: Settings):
+    revisions = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][::-1]
+    assert revisions[0] == "0001"
+    with migrating(empty) as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        connection.execute(text(JOB_OF_OLD))
+        connection.execute(text("INSERT INTO job_labels (job_id, name, value) VALUES ('job_1', 'team', 'search')"))
+
+    for number, revision in enumerate(revisions):
+        for steps in ([revision], ["0001", revision]):  # and once more, after the way back
+            for step in steps:
+                with migrating(empty) as connection:
+                    way = command.downgrade if step == "0001" and number else command.upgrade
+                    way(alembic_config(connection), step)
+                    kept = connection.execute(text("SELECT id, attempt, owner FROM jobs JOIN job_labels ON id = job_id")).all()
+                    assert [tuple(row) for row in kept] == [("job_1", 2, "ann")]
+
+    engine = make_engine(empty)
+    require_current_schema(engine)
+    with reader_maker(engine)() as session:
+        job = session.scalars(select(Job)).one()
+    assert (job.memory_class, job.fruitless, job.announced_at) == ("gpu.cpu", 1, job.queued_at)
+    engine.dispose()
+
+
 def test_migrating_again_keeps_the_rows(rows: Rows):
     job_id = rows.add()
 
@@ -57,8 +94,8 @@ def test_migrating_again_keeps_the_rows(rows: Rows):
     assert rows.job(job_id).status == "queued"
 
 
-def test_many_may_migrate_at_once(tmp_path: Path):
-    settings, errors = Settings(data_dir=tmp_path / "data"), list[Exception]()
+def test_many_may_migrate_at_once(empty: Settings):
+    settings, errors = empty, list[Exception]()
 
     def try_it() -> None:
         try:
@@ -91,8 +128,8 @@ def test_a_migration_waits_for_another_one_however_long_it_takes(tmp_path: Path)
     require_current_schema(make_engine(settings))
 
 
-def test_an_empty_database_is_refused_by_name(tmp_path: Path):
-    engine = make_engine(Settings(data_dir=tmp_path))
+def test_an_empty_database_is_refused_by_name(empty: Settings):
+    engine = make_engine(empty)
 
     with pytest.raises(SchemaOutOfDate, match=r"python -m jobs\.database"):
         require_current_schema(engine)

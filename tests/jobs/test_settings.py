@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from jobs.errors import SettingsRefused
 from jobs.keys import SCOPES, ApiKey, digest, new_key
@@ -126,6 +127,18 @@ def test_a_key_is_kept_as_its_hash_and_recognised():
 def test_a_malformed_key_entry_is_refused(entry: str):
     with pytest.raises(ValueError, match="API key"):
         ApiKey.parse(entry)
+
+
+def test_passwords_in_addresses_do_not_show():
+    urls = {"database_url": "postgresql://u:canary@h/d", "broker_url": "redis://:canary@h:1/0"}
+
+    assert "canary" not in repr(Settings(**urls)) + str(Settings(**urls))
+    with pytest.raises(SettingsRefused) as refusal:
+        load_settings(database_url="mysql://u:canary@h/d")
+    assert "canary" not in str(refusal.value)
+    with pytest.raises(ValidationError) as raw:
+        Settings(**urls, port="canary")
+    assert "canary" not in str(raw.value)
 
 
 def test_a_token_does_not_show():

@@ -84,10 +84,6 @@ def _end(ending: str, host_memory: int | None) -> None:
             raise RuntimeError("secret detail")
         case "memory":
             raise MemoryError
-        case "hungry":
-            held = bytearray(b"x") * 600_000_000
-            time.sleep(600)
-            assert held
         case "told":
             raise BrokenCheckpoint(f"may plan with {host_memory}")
         case "disk":

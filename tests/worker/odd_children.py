@@ -31,6 +31,9 @@ def main() -> None:
         case "talks without end":
             while True:
                 channel.say({"type": "stage"})
+        case "takes memory":
+            subprocess.Popen([sys.executable, "-c", "held = b'x' * 200_000_000; import time; time.sleep(600)"])
+            time.sleep(600)
         case "says half a word":
             os.write(options.events, b'{"type": "res')
         case "stays after its last word":

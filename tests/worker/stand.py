@@ -63,14 +63,17 @@ class Stand:
 
     def post(self, *, announce: bool = True, max_attempts: int = 3, max_runtime_s: int = 600, **plan: Any) -> str:
         """Record a job that the stand-in works on as the plan says, and announce it."""
-        request = {
+        request = self.request(**plan) | {"limits": {"max_attempts": max_attempts}}
+        return self.post_request(request, announce=announce, max_attempts=max_attempts, max_runtime_s=max_runtime_s)
+
+    def request(self, **plan: Any) -> dict[str, Any]:
+        """A request that the stand-in works on as the plan says."""
+        return {
             "model": f"file://{self.model}",
             "recipe": {"steps": [{"step": "analyze"}]},
             "calibration": {"source": {"inline": [json.dumps(plan)]}},
-            "limits": {"max_attempts": max_attempts},
             "labels": {"team": "test"},
         }
-        return self.post_request(request, announce=announce, max_attempts=max_attempts, max_runtime_s=max_runtime_s)
 
     def post_request(self, request: dict[str, Any], *, announce: bool = True, **columns: Any) -> str:
         """Record a job for any request."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,18 +19,26 @@ from jobs.errors import WorkerLost
 from worker import process
 from worker.faults import as_ours
 from worker.leash import Interrupted, Interruption, Leash
+from worker.memory import memory_of
 from worker.process import LeaseLapsed, run_child
 
 FOREVER = float(2**40)
 
 
 def run(
-    kind: str, leash: Leash | None = None, on_event: Callable[[Any], None] = lambda _: None, *, grace_s: float = 0.2, **work: Any
+    kind: str,
+    leash: Leash | None = None,
+    on_event: Callable[[Any], None] = lambda _: None,
+    *,
+    grace_s: float = 0.2,
+    memory_limit: int = 0,
+    **work: Any,
 ) -> dict[str, Any]:
     arguments = ["tests.worker.odd_children", kind]
     graces = {Interruption.CANCEL: grace_s}
     return run_child(
-        arguments, work, leash or Leash(FOREVER), environment=dict(os.environ), grace_s=graces, on_event=on_event
+        arguments, work, leash or Leash(FOREVER), environment=dict(os.environ), grace_s=graces, on_event=on_event,
+        memory_limit=memory_limit,
     )  # fmt: skip
 
 
@@ -52,6 +63,29 @@ def test_work_of_any_size_goes_in_and_the_result_comes_out():
 def test_a_child_that_ends_without_a_result_is_lost_and_says_how(kind: str, part: str):
     with pytest.raises(WorkerLost, match=part):
         run(kind)
+
+
+def test_a_child_that_takes_too_much_memory_is_killed_with_all_it_started_and_says_so():
+    limit = 150_000_000  # a bare interpreter takes some twenty million
+
+    with pytest.raises(OutOfHostMemory, match=f"SLIMTRIM_JOB_MEMORY_BYTES allows {limit}") as refusal:
+        run("takes memory", memory_limit=limit)
+
+    assert not refusal.value.retryable
+
+
+def test_mapped_files_do_not_count_as_memory(tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(100_000_000))
+    program = "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); sum(m[::4096]); print(); input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as mapping:
+        assert mapping.stdout is not None
+        mapping.stdout.readline()
+
+        assert psutil.Process(mapping.pid).memory_info().rss > 100_000_000
+        assert memory_of(mapping.pid) < 90_000_000
+        mapping.kill()
+    assert memory_of(mapping.pid) == 0
 
 
 def test_nothing_of_a_child_survives_it():

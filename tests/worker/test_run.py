@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.status import JobStatus
-from tests.worker.stand import OWNER, Stand, a_stand
+from tests.worker.stand import FAKE, OWNER, Stand, a_stand
 
 
 def test_a_job_runs_and_is_published_with_report_manifest_and_files(stand: Stand):
@@ -199,6 +199,43 @@ def test_a_job_that_cannot_fit_on_the_disk_is_not_begun(stand: Stand):
 
     assert stand.attempts(job.id)[0].code == "disk_full"
     assert "1000000000000000000" in (stand.attempts(job.id)[0].message or "")
+
+
+def test_the_library_plans_with_no_more_memory_than_it_may_use(tmp_path: Path):
+    with a_stand(tmp_path, JOB_MEMORY_BYTES=900_000_000) as stand:
+        stand.start_worker()
+        job = stand.wait_over(stand.post(ending="told"))
+
+    assert job.status_reason is not None
+    assert job.status_reason["message"] == "may plan with 900000000"
+
+
+def test_a_worker_takes_no_job_of_another_class_and_one_that_is_alone_takes_all(stand: Stand):
+    large = stand.post_request(stand.request(), memory_class="gpu.80g")
+    stand.announcer.announce(large, "gpu.cpu")  # a call that went astray
+    small = stand.start_worker("small")
+    assert stand.wait_over(stand.post()).status == JobStatus.SUCCEEDED
+    stand.wait(lambda: "nothing to claim" in stand.logs(), "the refusal of the large job")
+    assert stand.job(large).status == JobStatus.QUEUED
+    workers = stand.do(lambda work: work.workers.all())
+    small.terminate()
+    assert small.wait(30) == 0
+
+    assert [worker.classes for worker in workers] == [("gpu.cpu",)]
+    assert stand.do(lambda work: work.workers.all()) == []
+    stand.start_worker("alone", FAKE, "--alone")
+    assert stand.wait_over(large).status == JobStatus.SUCCEEDED
+
+
+def test_passwords_of_database_and_broker_show_nowhere(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        for name, scheme in (("DATABASE_URL", "postgresql"), ("BROKER_URL", "redis")):
+            stand.environment[f"SLIMTRIM_{name}"] = f"{scheme}://canary_user:canary_word@127.0.0.1:1/0"
+        for module in ("worker", "worker.maintenance", "jobs.database", "jobs.serve"):
+            assert stand.start(module).wait(60) != 0
+
+        assert "connection failed" in stand.logs() or "Connection refused" in stand.logs()
+        assert "canary_word" not in stand.logs()
 
 
 def test_a_worker_refuses_a_database_without_schema(stand: Stand):

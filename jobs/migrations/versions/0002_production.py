@@ -16,7 +16,7 @@ _OLD, _NEW = "attempt >= 1 AND attempt <= max_attempts", "attempt >= 1 AND fruit
 _INDEXES = {
     "ix_jobs_status_queue_deadline": ["status", "queue_deadline"],
     "ix_jobs_memory_class_status_id": ["memory_class", "status", "id"],
-    "ix_jobs_memory_class_status_announced_at": ["memory_class", "status", "announced_at"],
+    "ix_jobs_memory_class_status_announced_at_id": ["memory_class", "status", "announced_at", "id"],
     "ix_jobs_owner_bytes_after": ["owner", "bytes_after"],
     "ix_jobs_fingerprint": ["fingerprint"],
 }
