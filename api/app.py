@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from api.contract import install_contract
 from api.errors import install_error_handlers
 from api.middleware import Manners
-from api.routes import artifacts, catalog, health, jobs, plans
+from api.routes import artifacts, catalog, health, jobs, metrics, plans
 from api.service import open_service
 from api.submission import code_version
+from api.watching import Watching
 from compression.planner.milp import import_solver
 from jobs.database import Announce
 from jobs.settings import Settings
@@ -43,8 +44,9 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     )
     app.state.service = service
     install_error_handlers(app)
-    for router in (jobs.router, artifacts.router, plans.router, catalog.router, health.router):
+    for router in (jobs.router, artifacts.router, plans.router, catalog.router, health.router, metrics.router):
         app.include_router(router)
     install_contract(app)
     app.add_middleware(Manners, loopback_only=not settings.api_keys)
+    app.add_middleware(Watching, metrics=service.metrics)  # outermost: it sees what Manners refuses
     return app

@@ -77,6 +77,7 @@ JobWriter = Annotated[Caller, Depends(may("jobs:write"))]
 JobDeleter = Annotated[Caller, Depends(may("jobs:delete"))]
 ArtifactReader = Annotated[Caller, Depends(may("artifacts:read"))]
 ReportReader = Annotated[Caller, Depends(may("reports:read"))]
+MetricsReader = Annotated[Caller, Depends(may("metrics:read"))]
 
 
 def admit(settings: Settings, credentials: HTTPAuthorizationCredentials | None, *scopes: str) -> Caller:

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import Problem, answer_failure
+from jobs.logs import bind_fields
 from jobs.settings import is_loopback
 
 log = logging.getLogger("slimtrim.api")
@@ -41,6 +42,7 @@ class Manners:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
+        bind_fields(request_id=request_id)  # every request runs in a context of its own
         answer = _Answer(send, request_id, with_body=scope["method"] != "HEAD")
         began = time.monotonic()
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine
 
 from api.errors import Problem
+from api.metrics import Metrics
 from api.signing import LinkSigner
 from jobs.database import Announce, OpenSession, make_engine, reader_maker, session_maker
 from jobs.queue import Announcer
@@ -58,6 +59,7 @@ class Service:
     signer: LinkSigner
     announcer: Announcer
     announce: Announce
+    metrics: Metrics
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
     """Set when the process is about to end: nothing new is accepted, and whoever waits is answered."""
@@ -73,13 +75,15 @@ def open_service(settings: Settings, announce: Announce | None = None) -> Servic
     """Open everything that the settings name; ``announce`` replaces the queue in tests."""
     engine = make_engine(settings)
     announcer = Announcer(settings)
+    open_reader = reader_maker(engine)
     return Service(
         settings=settings,
         engine=engine,
         open_session=session_maker(engine),
-        open_reader=reader_maker(engine),
+        open_reader=open_reader,
         storage=open_storage(settings),
         signer=LinkSigner.in_folder(settings.data_dir),
         announcer=announcer,
         announce=announce or announcer.announce,
+        metrics=Metrics(settings, open_reader),
     )

@@ -23,6 +23,7 @@ from jobs.repository import Added, Idempotency
 from jobs.settings import Settings
 from jobs.sources import check_text_sources, read_checkpoint_of
 from jobs.tables import Job
+from jobs.traces import current_parent
 
 _PATH = "/v1/jobs"
 
@@ -38,7 +39,7 @@ def plan_request(request: JobRequest, settings: Settings) -> tuple[Plan, str | N
     return make_plan(request, checkpoint, known), revision
 
 
-def submit(service: Service, owner: str, request: JobRequest, key: str | None) -> Added:
+def submit(service: Service, owner: str, request: JobRequest, key: str | None, request_id: str | None = None) -> Added:
     """Record a job and announce it, or return the one that the same key made before."""
     if service.draining.is_set():
         raise Problem("draining", "the service is stopping; send the request again in a moment")
@@ -49,6 +50,7 @@ def submit(service: Service, owner: str, request: JobRequest, key: str | None) -
         # The model is read before the transaction begins: a hub may take seconds, and writers wait for each other.
         plan, revision = plan_request(request, service.settings)
         job = _job(owner, request, plan, revision)
+        job.request_id, job.trace_parent = request_id, current_parent()
         with unit_of_work(service.open_session, service.announce) as work:
             added = work.jobs.add(job, idempotency)
             if not added.replayed:

@@ -31,6 +31,8 @@ class Claim(Hold):
     resolved: Document
     plan: Document | None
     max_runtime_s: int
+    request_id: str | None = None
+    trace_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,15 @@ class AttemptRepository:
         if job is None:
             return None
         self._session.add(
-            JobAttempt(job_id=job_id, fence=job.fence, attempt=job.attempt, worker=worker, lease_until=job.lease_until)
-        )
-        return Claim(job.id, job.fence, job.attempt, job.max_attempts, job.request, job.resolved, job.plan, job.max_runtime_s)
+            JobAttempt(
+                job_id=job_id, fence=job.fence, attempt=job.attempt, worker=worker, lease_until=job.lease_until,
+                queued_at=job.queued_at,
+            )
+        )  # fmt: skip
+        return Claim(
+            job.id, job.fence, job.attempt, job.max_attempts, job.request, job.resolved, job.plan, job.max_runtime_s,
+            request_id=job.request_id, trace_parent=job.trace_parent,
+        )  # fmt: skip
 
     def renew(self, hold: Hold, lease_s: float) -> JobStatus | None:
         """Prolong the lease; return the status, in which a wish to cancel shows, or None when the hold is lost."""
@@ -116,6 +124,11 @@ class AttemptRepository:
     def note_resolved(self, hold: Hold, resolved: Document) -> bool:
         """Record what the request was resolved to."""
         return change(self._session, hold.job_id, *_held(hold), resolved=resolved) is not None
+
+    def note_figures(self, hold: Hold, figures: Document) -> None:
+        """Record what was measured of an attempt. It holds whoever has the job by now: the work was done."""
+        mine = JobAttempt.job_id == hold.job_id, JobAttempt.fence == hold.fence
+        self._session.execute(update(JobAttempt).where(*mine).values(figures=figures))
 
     def succeed(self, hold: Hold, success: Success) -> bool:
         """Publish result, report and manifest, and end the job, in one transaction. False: cancelled or lost meanwhile."""

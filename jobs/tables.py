@@ -58,6 +58,7 @@ class Job(Base):
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_memory_class_status_id", "memory_class", "status", "id"),
+        Index("ix_jobs_status_memory_class_queued_at", "status", "memory_class", "queued_at"),
         Index("ix_jobs_owner_bytes_after", "owner", "bytes_after"),
         Index("ix_jobs_fingerprint", "fingerprint"),
         CheckConstraint("attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts", name="attempt_in_range"),
@@ -167,6 +168,8 @@ class JobAttempt(Base):
     fence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     attempt: Mapped[int]
     worker: Mapped[str] = mapped_column(String(255))
+    queued_at: Mapped[datetime | None]
+    """Since when the job had waited for this attempt."""
     started_at: Mapped[datetime] = mapped_column(default=now())
     lease_until: Mapped[datetime]
     ended_at: Mapped[datetime | None]
@@ -174,6 +177,8 @@ class JobAttempt(Base):
     """succeeded, failed, cancelled, released (the worker was told to stop), lost (it fell silent)."""
     code: Mapped[str | None] = mapped_column(String(64))
     message: Mapped[str | None] = mapped_column(String(4096))
+    figures: Mapped[Document | None]
+    """What the worker measured so far, as ``worker/figures.py`` writes it and ``jobs/census.py`` reads it."""
 
 
 class IdempotencyKey(Base):

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from compression.errors import SlimtrimError
+from jobs.alive import alive_file, keep_touched
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
+from jobs.traces import tracing
 from worker.app import make_app, run_worker
 from worker.child import COMPRESS
 from worker.room import Room
@@ -28,8 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     except SlimtrimError as refusal:
         sys.stderr.write(f"the worker does not start: {refusal}\n")
         return 2
-    configure_logs(service="worker")
-    return run_worker(make_app(room), room)
+    configure_logs(service="worker", worker=room.name)
+    keep_touched(alive_file(room.settings, "worker"))
+    with tracing("worker"):
+        return run_worker(make_app(room), room)
 
 
 def _own_name() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from compression.errors import SlimtrimError
+from compression.progress import Stage
 from jobs.attempts import Claim, Success
 from jobs.database import UnitOfWork
 from jobs.endings import Cause
@@ -20,6 +21,7 @@ from jobs.logs import Fields
 from jobs.status import JobStatus
 from jobs.storage import manifest_sha256, open_storage
 from worker.faults import as_ours
+from worker.figures import Watch
 from worker.leash import Interrupted, Interruption, Leash
 from worker.process import run_child
 from worker.progress import EventWriter, Heartbeat
@@ -36,6 +38,7 @@ class Attempt:
     def __init__(self, room: Room, claim: Claim, leash: Leash, log: Fields) -> None:
         self._room, self._claim, self._leash, self._log = room, claim, leash, log
         self._events = EventWriter(room, claim, leash, log)
+        self._watch = Watch(room, claim, log)
         self._grace_s = {
             Interruption.CANCEL: room.settings.cancel_grace_s,
             Interruption.DRAIN: room.settings.drain_grace_s,
@@ -44,7 +47,7 @@ class Attempt:
 
     def run(self) -> JobStatus | None:
         """Work until the end, whatever it is; return the job's status after it, None when the job was lost."""
-        with Heartbeat(self._room, self._claim, self._leash, self._log):
+        with self._watch, Heartbeat(self._room, self._claim, self._leash, self._log):
             try:
                 status = self._publish(self._work())
             except Interrupted as interrupted:
@@ -59,6 +62,7 @@ class Attempt:
                 self._log.exception("the attempt failed in the worker itself")
                 ours = as_ours(error)
                 status = self._fail(Cause(ours.code, ours.message, ours.retryable))
+            self._watch.ended(status)
         if status is not JobStatus.SUCCEEDED:
             self._discard()
         return status
@@ -72,7 +76,7 @@ class Attempt:
         return Success(result, answer["report"], manifest, self._prefix)
 
     def _fetch(self, workspace: Workspace) -> Path:
-        self._events.stage("fetching", 0.0)
+        self._stage("fetching", 0.0)
         work = {"request": self._request(), "destination": str(workspace.model)}
         return Path(self._run(["worker.errand", "fetch"], work, dict(os.environ))["folder"])
 
@@ -87,14 +91,19 @@ class Attempt:
         return self._claim.request if pinned is None else {**self._claim.request, "revision": pinned}
 
     def _store(self, workspace: Workspace) -> Any:
-        self._events.stage("uploading", _STORING)
+        self._stage("uploading", _STORING)
         work = {"prefix": self._prefix, "folder": str(workspace.out)}
         return self._run(["worker.errand", "store"], work, dict(os.environ))["manifest"]
+
+    def _stage(self, stage: Stage, fraction: float) -> None:
+        self._watch.stage(stage)
+        self._events.stage(stage, fraction)
 
     def _run(self, arguments: list[str], work: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
         work["log"] = {"service": arguments[0], **(self._log.extra or {})}
         return run_child(
-            arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=self._events.take
+            arguments, work, self._leash, environment=environment, grace_s=self._grace_s,
+            on_event=self._watch.before(self._events.take),
         )  # fmt: skip
 
     def _publish(self, success: Success) -> JobStatus | None:

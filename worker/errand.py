@@ -48,11 +48,15 @@ def _fetch(channel: Channel, settings: Settings) -> None:
     # Checked when the job was made, and again now: a link may have been turned since.
     check_text_sources(request, settings)
     folder = fetch(request.model, request.revision, Path(work["destination"]), settings)
+    if not request.model.startswith("file://"):
+        fetched = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        channel.say({"type": "figures", "bytes_fetched": fetched})
     channel.say_result(folder=str(folder))
 
 
 def _store(channel: Channel, settings: Settings) -> None:
     manifest = open_storage(settings).put_artifact(channel.work["prefix"], Path(channel.work["folder"]))
+    channel.say({"type": "figures", "bytes_stored": manifest["bytes"]})
     channel.say_result(manifest=manifest)
 
 

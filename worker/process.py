@@ -24,6 +24,7 @@ from compression.errors import SlimtrimError
 from jobs.errors import WorkerLost
 from jobs.tether import with_our_modules
 from worker.leash import Interruption, Leash
+from worker.output import start_passing_on
 
 _LOOK_EVERY_S = 1.0
 """A child that died without closing its pipe (a grandchild holds it) is noticed this late."""
@@ -62,7 +63,7 @@ def run_child(
     (0 when it has none). Raises ``ChildError`` for what the child reports, ``WorkerLost`` when it died without a word.
     """
     leash.check()
-    child = _Child(arguments, environment)
+    child = _Child(arguments, environment, work.get("log", {}))
     try:
         with leash.held_by(child.inbox.put):
             child.tell(work)
@@ -106,7 +107,7 @@ def _understood(final: Line | None, child: _Child) -> Line:
 class _Child:
     """The process, its pipe, and one inbox for all that concerns it."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], fields: Mapping[str, Any]) -> None:
         self.inbox: SimpleQueue[Line | Interruption | float | None] = SimpleQueue()
         read, write = os.pipe()
         own = ["--events", str(write), "--parent", str(os.getpid())]
@@ -114,13 +115,16 @@ class _Child:
             [sys.executable, "-m", *arguments, *own],
             env=with_our_modules(environment),
             stdin=subprocess.PIPE,
-            stdout=sys.stderr.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             pass_fds=(write,),
             start_new_session=True,
         )
         os.close(write)
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
+        assert self._process.stdout is not None
+        self._output = start_passing_on(self._process.stdout, fields)
 
     def next(self, kill_at: float) -> Line | Interruption | float | None:
         """Return what comes next, None at the end; kill the child when its time is over."""
@@ -163,6 +167,7 @@ class _Child:
         self.signal(signal.SIGKILL)  # the rest of its session, whose number lives as long as any member
         self._process.wait()
         self._reader.join()
+        self._output.join()
 
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as pipe:

@@ -45,12 +45,6 @@ def list_reports(caller: ReportReader) -> None:
     _refuse("GET /v1/reports", "read each job's report at /v1/jobs/{id}/report")
 
 
-@router.get("/metrics", responses=problems(422))
-def metrics() -> None:
-    """Not available yet: metrics for Prometheus."""
-    _refuse("GET /metrics", "GET /readyz says whether the service works")
-
-
 @router.get("/", responses=problems(422))
 def dashboard() -> None:
     """Not available yet: the dashboard."""

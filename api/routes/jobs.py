@@ -63,7 +63,7 @@ async def create_job(request: Request, caller: JobWriter, body: Body, service: R
     require_accept(request.headers, JSON)
     refuse_unknown_parameters(request)
     key = idempotency_key_of(request.headers)
-    added = await to_thread.run_sync(submit, service, caller.name, body, key)
+    added = await to_thread.run_sync(submit, service, caller.name, body, key, request.state.request_id)
     seen, applied = await _wait(request, service, caller.name, added.job.id)
     headers = {**seen.headers, **applied, "Location": seen.view.links.self}
     if added.replayed:

@@ -15,6 +15,7 @@ FLOAT: sa.Double[float] = sa.Double()
 _OLD, _NEW = "attempt >= 1 AND attempt <= max_attempts", "attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts"
 _INDEXES = {
     "ix_jobs_memory_class_status_id": ["memory_class", "status", "id"],
+    "ix_jobs_status_memory_class_queued_at": ["status", "memory_class", "queued_at"],
     "ix_jobs_owner_bytes_after": ["owner", "bytes_after"],
     "ix_jobs_fingerprint": ["fingerprint"],
 }
@@ -40,6 +41,9 @@ def upgrade() -> None:
         jobs.create_check_constraint(op.f("ck_jobs_attempt_in_range"), _NEW)
     for name, columns in _INDEXES.items():
         op.create_index(name, "jobs", columns)
+    with op.batch_alter_table("job_attempts") as attempts:
+        attempts.add_column(sa.Column("queued_at", TIME))
+        attempts.add_column(sa.Column("figures", DOCUMENT))
     _create_tables()
 
 
@@ -49,6 +53,9 @@ def downgrade() -> None:
         op.drop_table(table)
     for name in _INDEXES:
         op.drop_index(name, "jobs")
+    with op.batch_alter_table("job_attempts") as attempts:
+        attempts.drop_column("figures")
+        attempts.drop_column("queued_at")
     op.execute("UPDATE jobs SET attempt = max_attempts WHERE attempt > max_attempts")
     with op.batch_alter_table("jobs") as jobs:
         jobs.drop_constraint(op.f("ck_jobs_attempt_in_range"), type_="check")
