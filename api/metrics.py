@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import census
-from jobs.census import Census, take_census
+from jobs.census import Attempts, Census, Settled, take_census
 from jobs.database import OpenSession
 from jobs.settings import Settings
 
@@ -54,6 +54,7 @@ class _FromRows(Collector):
     def __init__(self, settings: Settings, open_reader: OpenSession) -> None:
         self._settings, self._open_reader = settings, open_reader
         self._lock = threading.Lock()
+        self._settled = Settled()
         self._census: Census | None = None
         self._taken_at = float("-inf")
 
@@ -70,7 +71,7 @@ class _FromRows(Collector):
         yield GaugeMetricFamily("slimtrim_disk_free_bytes", "Free bytes on the disk of the data folder.", value=free)
         if found is not None:
             yield from _job_families(found)
-            yield from _attempt_families(found)
+            yield from _attempt_families(found.attempts)
             yield from _other_families(found)
 
     def _recent(self) -> Census | None:
@@ -83,7 +84,7 @@ class _FromRows(Collector):
     def _take(self) -> Census | None:
         try:
             with self._open_reader() as session:
-                return take_census(session, self._settings.lease_s)
+                return take_census(session, self._settings.lease_s, self._settled)
         except SQLAlchemyError:
             _log.exception("no census")
             return None
@@ -102,22 +103,22 @@ def _job_families(found: Census) -> Iterable[Metric]:
     yield _counters("slimtrim_jobs_finished", "Jobs that ended.", ("status", "code"), found.finished)
 
 
-def _attempt_families(found: Census) -> Iterable[Metric]:
-    yield _counters("slimtrim_attempts", "Attempts that ended.", ("outcome", "code"), found.attempts)
-    lost = sum(count for (outcome, _), count in found.attempts.items() if outcome == "lost")
+def _attempt_families(found: Attempts) -> Iterable[Metric]:
+    yield _counters("slimtrim_attempts", "Attempts that ended.", ("outcome", "code"), found.ended)
+    lost = sum(count for (outcome, _), count in found.ended.items() if outcome == "lost")
     yield _counters("slimtrim_lease_expiries", "Attempts whose worker fell silent.", (), {(): lost})
     ran = {(outcome,): histogram for outcome, histogram in found.run_s.items()}
     yield _histograms("slimtrim_attempt_run_seconds", "How long attempts took.", ("outcome",), ran)
     yield _histograms("slimtrim_queue_seconds", "How long jobs waited for an attempt.", (), {(): found.queue_s})
     blocks = {(stage,): histogram for stage, histogram in found.block_s.items()}
     yield _histograms("slimtrim_block_seconds", "How long one block took.", ("stage",), blocks)
-
-
-def _other_families(found: Census) -> Iterable[Metric]:
     moved = {(direction,): count for direction, count in found.bytes_moved.items()}
     yield _counters("slimtrim_moved_bytes", "Bytes that workers fetched and stored.", ("direction",), moved)
     peaks = {("gpu",): found.gpu_memory_peak, ("host",): found.host_memory_peak}
     yield _gauges("slimtrim_memory_peak_bytes", "Most memory that any attempt's process has used.", ("kind",), peaks)
+
+
+def _other_families(found: Census) -> Iterable[Metric]:
     states = {(state,): count for state, count in found.deliveries.items()}
     yield _gauges("slimtrim_webhook_deliveries", "Webhook deliveries.", ("state",), states)
     yield _gauges("slimtrim_workers", "Workers seen within a lease.", (), {(): found.workers_alive})

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Label, case, func, select
+from sqlalchemy import ColumnElement, Result, Row, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from jobs.clock import SecondsBetween, now
+from jobs.clock import now
 from jobs.status import HELD, JobStatus
 from jobs.tables import Job, JobAttempt, WebhookDelivery, Worker
 
 RUN_S = (1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0, 86_400.0)
 QUEUE_S = (0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21_600.0, 86_400.0)
+_SETTLED_S = 120.0
+"""Twice the longest that a transaction lives, and with it an end that is not visible yet."""
 BLOCK_S = (0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
@@ -47,16 +50,10 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Census:
-    """The figures, each by its labels."""
+class Attempts:
+    """Sums over attempts."""
 
-    jobs: dict[tuple[str, str, str], int] = field(default_factory=dict[tuple[str, str, str], int])
-    """(status, stage, memory class)."""
-    finished: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
-    """(status, code)."""
-    waiting_s: dict[str, float] = field(default_factory=dict[str, float])
-    """Memory class -> seconds that its first job has waited."""
-    attempts: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    ended: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     """(outcome, code)."""
     run_s: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
     """Outcome -> seconds that attempts took."""
@@ -66,6 +63,49 @@ class Census:
     bytes_moved: dict[str, int] = field(default_factory=lambda: {"fetched": 0, "stored": 0})
     gpu_memory_peak: int = 0
     host_memory_peak: int = 0
+
+    def add(self, attempt: Row[Any]) -> None:
+        """Count one attempt, ended or not."""
+        if attempt.queued_at is not None:
+            self.queue_s.add(_seconds(attempt.started_at, attempt.queued_at))
+        if attempt.ended_at is not None:
+            key = attempt.outcome or "", attempt.code or ""
+            self.ended[key] = self.ended.get(key, 0) + 1
+            self.run_s.setdefault(key[0], Histogram(RUN_S)).add(_seconds(attempt.ended_at, attempt.started_at))
+        if attempt.figures is not None:
+            self._add_figures(attempt.figures)
+
+    def _add_figures(self, figures: Mapping[str, Any]) -> None:
+        for name in self.bytes_moved:
+            self.bytes_moved[name] += figures.get(f"bytes_{name}", 0)
+        self.gpu_memory_peak = max(self.gpu_memory_peak, figures.get("gpu_memory_peak", 0))
+        self.host_memory_peak = max(self.host_memory_peak, figures.get("host_memory_peak", 0))
+        for stage, blocks in cast("Mapping[str, Mapping[str, Any]]", figures.get("block_seconds", {})).items():
+            histogram = self.block_s.setdefault(stage, Histogram(BLOCK_S))
+            # Other bounds: written by another version, and not comparable.
+            if len(blocks["counts"]) == len(histogram.counts):
+                histogram.merge(blocks["counts"], blocks["sum"])
+
+
+@dataclass(slots=True)
+class Settled:
+    """The sums over attempts that ended so long ago that no transaction can add to them: read once per process."""
+
+    sums: Attempts = field(default_factory=Attempts)
+    until: datetime | None = None
+
+
+@dataclass(slots=True)
+class Census:
+    """The figures, each by its labels."""
+
+    attempts: Attempts
+    jobs: dict[tuple[str, str, str], int] = field(default_factory=dict[tuple[str, str, str], int])
+    """(status, stage, memory class)."""
+    finished: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """(status, code)."""
+    waiting_s: dict[str, float] = field(default_factory=dict[str, float])
+    """Memory class -> seconds that its first job has waited."""
     deliveries: dict[str, int] = field(default_factory=dict[str, int])
     workers: dict[str, int] = field(default_factory=dict[str, int])
     """Memory class -> workers alive that take its jobs."""
@@ -73,17 +113,38 @@ class Census:
     workers_busy: int = 0
 
 
-def take_census(session: Session, lease_s: float) -> Census:
-    """Read all figures; a worker counts as alive when it was seen within ``lease_s`` seconds."""
-    census = Census()
+def take_census(session: Session, lease_s: float, settled: Settled) -> Census:
+    """Read all figures; a worker counts as alive when it was seen within ``lease_s`` seconds.
+
+    ``settled`` is what the last census left, and is carried on.
+    """
+    census = Census(_sum_attempts(session, settled))
     _count_jobs(session, census)
     _count_ends(session, census)
-    _count_attempts(session, census)
-    _sum_figures(session, census)
     states = select(WebhookDelivery.state, func.count()).group_by(WebhookDelivery.state)
     census.deliveries = {state: count for state, count in session.execute(states)}
     _count_workers(session, census, lease_s)
     return census
+
+
+def _sum_attempts(session: Session, settled: Settled) -> Attempts:
+    cut = session.scalars(select(now(-_SETTLED_S))).one()
+    sums = deepcopy(settled.sums)
+    old = JobAttempt.ended_at <= cut
+    for attempt in _attempts(session, old if settled.until is None else and_(old, JobAttempt.ended_at > settled.until)):
+        sums.add(attempt)
+    settled.sums, settled.until = sums, cut  # both or neither, though the database may fail meanwhile
+    sums = deepcopy(sums)
+    for attempt in _attempts(session, or_(JobAttempt.ended_at.is_(None), JobAttempt.ended_at > cut)):
+        sums.add(attempt)
+    return sums
+
+
+def _attempts(session: Session, which: ColumnElement[bool]) -> Result[Any]:
+    columns = (
+        JobAttempt.queued_at, JobAttempt.started_at, JobAttempt.ended_at, JobAttempt.outcome, JobAttempt.code, JobAttempt.figures,
+    )  # fmt: skip
+    return session.execute(select(*columns).where(which).execution_options(yield_per=1000))
 
 
 def _count_jobs(session: Session, census: Census) -> None:
@@ -109,39 +170,6 @@ def _count_ends(session: Session, census: Census) -> None:
         census.finished[JobStatus.FAILED.value, name or ""] = count
 
 
-def _count_attempts(session: Session, census: Census) -> None:
-    ran_s = SecondsBetween(JobAttempt.ended_at, JobAttempt.started_at)
-    bucket = _bucket(ran_s, RUN_S)
-    kinds = JobAttempt.outcome, JobAttempt.code, bucket
-    query = select(*kinds, func.count(), func.sum(ran_s)).where(JobAttempt.ended_at.is_not(None)).group_by(*kinds)
-    for outcome, code, index, count, seconds in session.execute(query):
-        key = outcome or "", code or ""
-        census.attempts[key] = census.attempts.get(key, 0) + count
-        histogram = census.run_s.setdefault(key[0], Histogram(RUN_S))
-        histogram.counts[index] += count
-        histogram.sum += float(seconds)
-    waited_s = SecondsBetween(JobAttempt.started_at, JobAttempt.queued_at)
-    bucket = _bucket(waited_s, QUEUE_S)
-    query = select(bucket, func.count(), func.sum(waited_s)).where(JobAttempt.queued_at.is_not(None)).group_by(bucket)
-    for index, count, seconds in session.execute(query):
-        census.queue_s.counts[index] += count
-        census.queue_s.sum += float(seconds)
-
-
-def _sum_figures(session: Session, census: Census) -> None:
-    for figures in session.scalars(select(JobAttempt.figures).where(JobAttempt.figures.is_not(None))):
-        assert figures is not None
-        for name in census.bytes_moved:
-            census.bytes_moved[name] += figures.get(f"bytes_{name}", 0)
-        census.gpu_memory_peak = max(census.gpu_memory_peak, figures.get("gpu_memory_peak") or 0)
-        census.host_memory_peak = max(census.host_memory_peak, figures.get("host_memory_peak") or 0)
-        for stage, blocks in cast("Mapping[str, Mapping[str, Any]]", figures.get("block_seconds", {})).items():
-            histogram = census.block_s.setdefault(stage, Histogram(BLOCK_S))
-            # Other bounds: written by another version, and not comparable.
-            if len(blocks["counts"]) == len(histogram.counts):
-                histogram.merge(blocks["counts"], blocks["sum"])
-
-
 def _count_workers(session: Session, census: Census, lease_s: float) -> None:
     alive = select(Worker.classes, Worker.job_id).where(Worker.last_seen >= now(-lease_s))
     for classes, job_id in session.execute(alive):
@@ -149,11 +177,6 @@ def _count_workers(session: Session, census: Census, lease_s: float) -> None:
         census.workers_busy += job_id is not None
         for name in classes["classes"]:
             census.workers[name] = census.workers.get(name, 0) + 1
-
-
-def _bucket(value: ColumnElement[float], bounds: Sequence[float]) -> Label[int]:
-    # With a name to group by: repeated with its parameters it would be another expression to PostgreSQL.
-    return case(*((value <= bound, index) for index, bound in enumerate(bounds)), else_=len(bounds)).label("bucket")
 
 
 def _seconds(later: datetime, earlier: datetime) -> float:

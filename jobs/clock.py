@@ -40,13 +40,6 @@ class DatabaseNow(FunctionElement[datetime]):
     inherit_cache = True
 
 
-class SecondsBetween(FunctionElement[float]):
-    """How many seconds the first time is later than the second."""
-
-    type = Float()
-    inherit_cache = True
-
-
 def now(offset_s: float | ColumnElement[Any] = 0.0) -> ColumnElement[datetime]:
     """Return the SQL for the present time plus ``offset_s`` seconds, a number or a column."""
     offset = literal(float(offset_s), Float) if isinstance(offset_s, int | float) else offset_s
@@ -65,15 +58,3 @@ def _postgresql_now(element: DatabaseNow, compiler: SQLCompiler, **options: Any)
     # clock_timestamp, not now(): now() stands still for the length of a transaction.
     offset = compiler.process(element.clauses, **options)
     return f"(clock_timestamp() + make_interval(secs => {offset}))"
-
-
-@compiles(SecondsBetween, "sqlite")
-def _sqlite_seconds(element: SecondsBetween, compiler: SQLCompiler, **options: Any) -> str:
-    later, earlier = (compiler.process(part, **options) for part in element.clauses)
-    return f"((julianday({later}) - julianday({earlier})) * 86400.0)"
-
-
-@compiles(SecondsBetween, "postgresql")
-def _postgresql_seconds(element: SecondsBetween, compiler: SQLCompiler, **options: Any) -> str:
-    later, earlier = (compiler.process(part, **options) for part in element.clauses)
-    return f"extract(epoch from ({later} - {earlier}))"

@@ -163,6 +163,7 @@ class JobAttempt(Base):
     """One claim of a job by a worker: when it began, how long its lease reached, and how it ended."""
 
     __tablename__ = "job_attempts"
+    __table_args__ = (Index("ix_job_attempts_ended_at", "ended_at"),)
 
     job_id: Mapped[str] = mapped_column(_ID, ForeignKey("jobs.id"), primary_key=True)
     fence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

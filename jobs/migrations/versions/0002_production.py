@@ -44,6 +44,7 @@ def upgrade() -> None:
     with op.batch_alter_table("job_attempts") as attempts:
         attempts.add_column(sa.Column("queued_at", TIME))
         attempts.add_column(sa.Column("figures", DOCUMENT))
+    op.create_index("ix_job_attempts_ended_at", "job_attempts", ["ended_at"])
     _create_tables()
 
 
@@ -53,6 +54,7 @@ def downgrade() -> None:
         op.drop_table(table)
     for name in _INDEXES:
         op.drop_index(name, "jobs")
+    op.drop_index("ix_job_attempts_ended_at", "job_attempts")
     with op.batch_alter_table("job_attempts") as attempts:
         attempts.drop_column("figures")
         attempts.drop_column("queued_at")
