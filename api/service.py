@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 
 from api.errors import Problem
 from api.metrics import Metrics
+from api.readiness import Readiness
 from api.signing import LinkSigner
 from jobs.database import Announce, OpenSession, make_engine, reader_maker, session_maker
 from jobs.queue import Announcer
@@ -61,6 +62,7 @@ class Service:
     announce: Announce
     metrics: Metrics
     in_flight: InFlight = field(default_factory=InFlight)
+    readiness: Readiness = field(default_factory=Readiness)
     draining: threading.Event = field(default_factory=threading.Event)
     """Set when the process is about to end: nothing new is accepted, and whoever waits is answered."""
 

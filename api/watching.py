@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -27,12 +28,14 @@ class Watching:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = _Sent(send)
+        sent = _Sent(send, self._metrics.streams.inc)
         began = time.monotonic()
         with traces.serving(Headers(scope=scope).get("traceparent")) as span:
             try:
                 await self._app(scope, receive, sent)
             finally:
+                if sent.is_stream:
+                    self._metrics.streams.dec()
                 method, route = _method_of(scope), route_of(scope)
                 self._note(sent, method, route, time.monotonic() - began)
                 span.update_name(f"{method} {route}")
@@ -47,8 +50,8 @@ class Watching:
 class _Sent:
     """Passes an answer on and looks at it."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, on_stream: Callable[[], None]) -> None:
+        self._send, self._on_stream = send, on_stream
         self.status: int | None = None
         self.bytes = 0
         self.is_stream = False
@@ -57,6 +60,8 @@ class _Sent:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+            if self.is_stream:
+                self._on_stream()
         await self._send(message)
         self.bytes += len(message.get("body", b""))
 

@@ -144,7 +144,7 @@ def _attempts(session: Session, which: ColumnElement[bool]) -> Result[Any]:
     columns = (
         JobAttempt.queued_at, JobAttempt.started_at, JobAttempt.ended_at, JobAttempt.outcome, JobAttempt.code, JobAttempt.figures,
     )  # fmt: skip
-    return session.execute(select(*columns).where(which).execution_options(yield_per=1000))
+    return cast("Result[Any]", session.execute(select(*columns).where(which).execution_options(yield_per=1000)))
 
 
 def _count_jobs(session: Session, census: Census) -> None:

@@ -12,12 +12,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from compression.errors import SlimtrimError
+from jobs.alive import alive_file, touch
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
 from jobs.logs import configure_logs
 from jobs.queue import Announcer
@@ -53,9 +56,10 @@ class Maintenance:
             work.outbox.extend(requeued)
             overdue = work.upkeep.expire_runtimes(grace_s)
             expired = work.upkeep.expire_queued()
-        _note("lease over, queued again", requeued)
-        _note("over its runtime, failed", overdue)
-        _note("waited too long, expired", expired)
+            about = work.upkeep.log_fields([*requeued, *overdue, *expired])
+        _note("lease over, queued again", [about[job_id] for job_id in requeued])
+        _note("over its runtime, failed", [about[job_id] for job_id in overdue])
+        _note("waited too long, expired", [about[job_id] for job_id in expired])
         self._announce_again()
 
     def clean(self) -> None:
@@ -64,11 +68,11 @@ class Maintenance:
             work.upkeep.forget_keys()
         for folder in self._settings.work_folder.glob("job_*/a*"):
             if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
-                _note("scratch folder removed", [folder.name])
+                _note("scratch folder removed", [_named(folder.relative_to(self._settings.work_folder).as_posix())])
                 remove(folder)
         for prefix in self._stored_attempts():
             if not self._is_held(prefix) and not self._is_published(prefix):
-                _note("artifact of no job removed", [prefix])
+                _note("artifact of no job removed", [_named(prefix)])
                 self._storage.delete(prefix)
 
     def _announce_again(self) -> None:
@@ -96,6 +100,11 @@ class Maintenance:
             return work.upkeep.is_published(job_id, f"{prefix}/")
 
 
+def _named(path: str) -> dict[str, Any]:
+    match = _ATTEMPT.match(path)
+    return {} if match is None else {"job": match["job"], "fence": int(match["fence"])}
+
+
 def main() -> int:
     """Keep house until SIGTERM."""
     try:
@@ -108,14 +117,16 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
-    with _alone(settings, stop):
-        _loop(maintenance, settings.maintenance_s, stop)
+    alive = alive_file(settings, "maintenance")
+    with _alone(settings, stop, alive):
+        _loop(maintenance, settings.maintenance_s, stop, alive)
     return 0
 
 
-def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> None:
+def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event, alive: Path) -> None:
     clean_at = 0.0
     while not stop.is_set():
+        touch(alive)
         try:
             maintenance.round()
             if time.monotonic() >= clean_at:
@@ -127,11 +138,12 @@ def _loop(maintenance: Maintenance, every_s: float, stop: threading.Event) -> No
 
 
 @contextmanager
-def _alone(settings: Settings, stop: threading.Event) -> Generator[None]:
+def _alone(settings: Settings, stop: threading.Event, alive: Path) -> Generator[None]:
     """Wait until no other maintenance acts on this data folder."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (settings.data_dir / "maintenance.lock").open("a") as lock:
         while not stop.is_set():
+            touch(alive)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -140,9 +152,9 @@ def _alone(settings: Settings, stop: threading.Event) -> Generator[None]:
         yield
 
 
-def _note(event: str, what: Iterable[str]) -> None:
-    for name in what:
-        _log.info(event, extra={"job": name})
+def _note(event: str, jobs: Iterable[Mapping[str, Any]]) -> None:
+    for fields in jobs:
+        _log.info(event, extra=dict(fields))
 
 
 if __name__ == "__main__":
