@@ -63,11 +63,11 @@ class UpkeepRepository:
         columns = Job.id, Job.request_id, JobAttempt.attempt, JobAttempt.fence, JobAttempt.worker
         latest = (JobAttempt.job_id == Job.id) & (JobAttempt.fence == Job.fence)
         query = select(*columns).outerjoin(JobAttempt, latest).where(Job.id.in_(job_ids))
-        rows = self._session.execute(query).mappings() if job_ids else []
-        return {
-            row["id"]: {"job": row["id"], **{name: row[name] for name in ("request_id", "attempt", "fence", "worker") if row[name]}}
-            for row in rows
-        }  # fmt: skip
+        found: dict[str, Document] = {}
+        for row in self._session.execute(query).mappings():
+            known = {name: row[name] for name in ("request_id", "attempt", "fence", "worker") if row[name] is not None}
+            found[row["id"]] = {"job": row["id"], **known}
+        return found
 
     def is_held(self, job_id: str, fence: int) -> bool:
         """Say whether this attempt still holds its job: its scratch and artifact files are in use."""
