@@ -10,8 +10,7 @@ import uvicorn
 from api.app import create_app
 from compression.errors import SlimtrimError
 from jobs.logs import configure_logs
-from jobs.settings import Settings, load_settings
-from jobs.traces import tracing
+from jobs.settings import load_settings
 
 _GRACE_S = 15
 """Seconds that open requests have to end once the service was told to stop."""
@@ -34,12 +33,6 @@ def main() -> int:
         sys.stderr.write(f"{refusal.message}\n")
         return 2
     configure_logs(service="api")
-    with tracing("api"):
-        _serve(settings)
-    return 0
-
-
-def _serve(settings: Settings) -> None:
     config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
@@ -53,6 +46,7 @@ def _serve(settings: Settings) -> None:
         log_config=None,
     )
     Server(config).run()
+    return 0
 
 
 if __name__ == "__main__":

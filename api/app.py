@@ -18,6 +18,7 @@ from api.watching import Watching
 from compression.planner.milp import import_solver
 from jobs.database import Announce
 from jobs.settings import Settings
+from jobs.traces import tracing
 
 
 def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
@@ -30,7 +31,9 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         threading.Thread(target=import_solver, name="import-solver", daemon=True).start()
-        yield
+        # Here and not around the server, which ends by the signal that it was sent once everybody is answered.
+        with tracing("api"):
+            yield
         service.close()
 
     app = FastAPI(
@@ -41,6 +44,8 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
+        # Its own spans hold queries, in which links carry their signatures, and the texts of exceptions. Ours: api/watching.py.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     install_error_handlers(app)

@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -90,10 +92,17 @@ def configure_logs(**fields: Any) -> None:
     handler.setFormatter(JsonLines(**fields))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    sys.excepthook = _note_crash
+    threading.excepthook = lambda crash: _note_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
     for chatty in ("alembic", "celery", "kombu", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # It warns at every start that a folder has no host name.
     logging.getLogger("kombu.connection").setLevel(logging.ERROR)
+
+
+def _note_crash(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if error is not None and issubclass(kind, Exception):
+        logging.getLogger("crash").critical("not caught", exc_info=(kind, error, trace))
 
 
 def _given_secrets() -> list[str]:

@@ -29,8 +29,7 @@ def start_passing_on(pipe: IO[bytes], fields: Mapping[str, Any]) -> threading.Th
 
 
 def _pass_on(pipe: IO[bytes], fields: Mapping[str, Any]) -> None:
-    extra = {**fields, "process": fields.get("service")}
-    extra.pop("service", None)
+    extra = {name: value for name, value in fields.items() if name != "service"} | {"printed_by": fields.get("service")}
     with pipe:
         for line in _lines(pipe):
             if _is_ours(line):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import signal
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -109,7 +110,6 @@ def test_a_job_is_one_trace_from_the_request_to_the_last_block(house: Stand, col
 
 
 def test_a_collector_that_never_answers_delays_nothing_and_keeps_no_process(tmp_path: Path):
-    import socket
 
     with socket.socket() as deaf, a_stand(tmp_path, PORT=free_ports(1)[0]) as stand:
         deaf.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def test_a_collector_that_never_answers_delays_nothing_and_keeps_no_process(tmp_
         assert job.status == "succeeded"
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        assert [process.wait(60) for process in processes] == [0, 0, 0]
+        assert [process.wait(60) for process in processes] == [-signal.SIGTERM, 0, 0], "uvicorn ends by the signal it was sent"
 
 
 def test_every_line_is_json_and_those_about_a_job_lead_back_to_its_request(house: Stand):
