@@ -11,12 +11,14 @@ from fastapi import FastAPI
 from api.contract import install_contract
 from api.errors import install_error_handlers
 from api.middleware import Manners
-from api.routes import artifacts, catalog, events, health, jobs, plans, queues, reports
+from api.routes import artifacts, catalog, events, health, jobs, metrics, plans, queues, reports
 from api.service import open_service
 from api.submission import code_version
+from api.watching import Watching
 from compression.planner.milp import import_solver
 from jobs.database import Announce
 from jobs.settings import Settings
+from jobs.traces import tracing
 
 
 def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
@@ -29,8 +31,10 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         threading.Thread(target=import_solver, name="import-solver", daemon=True).start()
-        async with service.streams.running():
-            yield
+        # Tracing here and not around the server, which ends by the signal that it was sent once everybody is answered.
+        with tracing("api"):
+            async with service.streams.running():
+                yield
         service.close()
 
     app = FastAPI(
@@ -41,13 +45,17 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
+        # Its own spans hold queries, in which links carry their signatures, and the texts of exceptions. Ours: api/watching.py.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     install_error_handlers(app)
     for router in (
         jobs.router, events.router, reports.router, artifacts.router, plans.router, queues.router, catalog.router, health.router,
+        metrics.router,
     ):  # fmt: skip
         app.include_router(router)
     install_contract(app)
     app.add_middleware(Manners, callers=service.callers)
+    app.add_middleware(Watching, metrics=service.metrics)  # outermost: it sees what Manners refuses
     return app

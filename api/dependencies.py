@@ -65,6 +65,7 @@ JobWriter = Annotated[Caller, Depends(may("jobs:write"))]
 JobDeleter = Annotated[Caller, Depends(may("jobs:delete"))]
 ArtifactReader = Annotated[Caller, Depends(may("artifacts:read"))]
 ReportReader = Annotated[Caller, Depends(may("reports:read"))]
+MetricsReader = Annotated[Caller, Depends(may("metrics:read"))]
 
 
 async def _link_holder(request: Request, service: Running, credentials: Credentials) -> Caller | None:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.callers import Callers
 from api.errors import Problem, answer_failure
+from jobs.logs import bind_fields
 from jobs.settings import is_loopback
 
 log = logging.getLogger("slimtrim.api")
@@ -45,6 +46,7 @@ class Manners:
         request_id = _request_id(headers)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        bind_fields(request_id=request_id)  # every request runs in a context of its own
         answer = _Answer(send, state, with_body=scope["method"] != "HEAD")
         began = time.monotonic()
         try:

@@ -11,6 +11,8 @@ from sqlalchemy import Engine
 
 from api.callers import Callers
 from api.errors import Problem
+from api.metrics import Metrics
+from api.readiness import Readiness
 from api.signing import LinkSigner
 from api.streams import Streams
 from jobs.database import Announce, OpenSession, make_engine, reader_maker, session_maker
@@ -62,9 +64,11 @@ class Service:
     announce: Announce
     callers: Callers
     streams: Streams
+    metrics: Metrics
     draining: threading.Event
     """Set when the process is about to end: nothing new is accepted, and whoever waits is answered."""
     in_flight: InFlight = field(default_factory=InFlight)
+    readiness: Readiness = field(default_factory=Readiness)
 
     def close(self) -> None:
         """Give connections back."""
@@ -90,4 +94,5 @@ def open_service(settings: Settings, announce: Announce | None = None) -> Servic
         callers=Callers(settings, open_reader),
         streams=Streams(open_reader, settings.stream_limit, draining),
         draining=draining,
+        metrics=Metrics(settings, open_reader),
     )

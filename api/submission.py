@@ -23,6 +23,7 @@ from jobs.repository import Added, Idempotency
 from jobs.settings import Settings
 from jobs.sources import check_text_sources, read_checkpoint_of
 from jobs.tables import Job
+from jobs.traces import current_parent
 
 _PATH = "/v1/jobs"
 
@@ -38,7 +39,7 @@ def plan_request(request: JobRequest, settings: Settings) -> tuple[Plan, str | N
     return make_plan(request, checkpoint, known), revision
 
 
-def submit(service: Service, owner: str, request: JobRequest, key: str | None) -> Added:
+def submit(service: Service, owner: str, request: JobRequest, key: str | None, request_id: str | None = None) -> Added:
     """Record a job and announce it, or return the one that the same key made before."""
     if service.draining.is_set():
         raise _draining()
@@ -49,6 +50,7 @@ def submit(service: Service, owner: str, request: JobRequest, key: str | None) -
         # The model is read before the transaction begins: a hub may take seconds, and writers wait for each other.
         plan, revision = plan_request(request, service.settings)
         job = _job(owner, request, plan, revision)
+        job.request_id, job.trace_parent = request_id, current_parent()
         with unit_of_work(service.open_session, service.announce) as work:
             added = work.jobs.add(job, idempotency, queue_limit=service.settings.queue_limit)
             if not added.replayed:
@@ -56,7 +58,7 @@ def submit(service: Service, owner: str, request: JobRequest, key: str | None) -
     return added
 
 
-def retry(service: Service, owner: str, job_id: str, key: str | None) -> Added:
+def retry(service: Service, owner: str, job_id: str, key: str | None, request_id: str | None = None) -> Added:
     """Record a job that does what an ended one was to do, and announce it, or return the one that the same key made."""
     if service.draining.is_set():
         raise _draining()
@@ -68,6 +70,7 @@ def retry(service: Service, owner: str, job_id: str, key: str | None) -> Added:
         with unit_of_work(service.open_session, service.announce) as work:
             job = work.jobs.again(owner, job_id)
             job.resolved = {**job.resolved, "code_version": code_version()}
+            job.request_id, job.trace_parent = request_id, current_parent()
             added = work.jobs.add(job, idempotency, queue_limit=service.settings.queue_limit)
             if not added.replayed:
                 work.outbox.append(added.job.id)

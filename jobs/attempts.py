@@ -36,6 +36,8 @@ class Claim(Hold):
     owner: str
     fingerprint: str | None
     """Under which an earlier attempt kept its blocks."""
+    request_id: str | None = None
+    trace_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,14 @@ class AttemptRepository:
         if job is None:
             return None
         self._session.add(
-            JobAttempt(job_id=job_id, fence=job.fence, attempt=job.attempt, worker=worker, lease_until=job.lease_until)
-        )
+            JobAttempt(
+                job_id=job_id, fence=job.fence, attempt=job.attempt, worker=worker, lease_until=job.lease_until,
+                queued_at=job.queued_at,
+            )
+        )  # fmt: skip
         return Claim(
             job.id, job.fence, job.attempt, job.max_attempts, job.request, job.resolved, job.plan, job.max_runtime_s, job.owner,
-            job.fingerprint,
+            job.fingerprint, request_id=job.request_id, trace_parent=job.trace_parent,
         )  # fmt: skip
 
     def renew(self, hold: Hold, lease_s: float) -> JobStatus | None:
@@ -129,6 +134,11 @@ class AttemptRepository:
     def note_resolved(self, hold: Hold, resolved: Document) -> bool:
         """Record what the request was resolved to."""
         return change(self._session, hold.job_id, *_held(hold), resolved=resolved) is not None
+
+    def note_figures(self, hold: Hold, figures: Document) -> None:
+        """Record what was measured of an attempt. It holds whoever has the job by now: the work was done."""
+        mine = JobAttempt.job_id == hold.job_id, JobAttempt.fence == hold.fence
+        self._session.execute(update(JobAttempt).where(*mine).values(figures=figures))
 
     def succeed(self, hold: Hold, success: Success) -> bool:
         """Publish result, report and manifest, and end the job, in one transaction. False: cancelled or lost meanwhile."""

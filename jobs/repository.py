@@ -21,9 +21,9 @@ from jobs.tables import Document, IdempotencyKey, Job, JobAttempt, JobEvent, Job
 
 _SPECIFICATION = (
     "owner", "model", "request", "resolved", "plan", "spec_hash", "labels", "memory_class", "max_attempts", "max_runtime_s",
-    "max_queue_s",
+    "max_queue_s", "fingerprint",
 )  # fmt: skip
-"""What a job is to do and within which limits, apart from what became of it."""
+"""What a job is to do, within which limits, and where its finished blocks are; apart from what became of it."""
 KEYS_KEPT_S = 7 * 86_400
 """Seconds for which an idempotency key is remembered."""
 

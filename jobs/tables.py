@@ -60,6 +60,7 @@ class Job(Base):
         Index("ix_jobs_status_queue_deadline", "status", "queue_deadline"),
         Index("ix_jobs_memory_class_status_id", "memory_class", "status", "id"),
         Index("ix_jobs_memory_class_status_announced_at_id", "memory_class", "status", "announced_at", "id"),
+        Index("ix_jobs_status_memory_class_queued_at", "status", "memory_class", "queued_at"),
         Index("ix_jobs_owner_bytes_after", "owner", "bytes_after"),
         Index("ix_jobs_fingerprint", "fingerprint"),
         CheckConstraint("attempt >= 1 AND fruitless >= 0 AND fruitless <= max_attempts", name="attempt_in_range"),
@@ -164,11 +165,14 @@ class JobAttempt(Base):
     """One claim of a job by a worker: when it began, how long its lease reached, and how it ended."""
 
     __tablename__ = "job_attempts"
+    __table_args__ = (Index("ix_job_attempts_ended_at", "ended_at"),)
 
     job_id: Mapped[str] = mapped_column(_ID, ForeignKey("jobs.id"), primary_key=True)
     fence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     attempt: Mapped[int]
     worker: Mapped[str] = mapped_column(String(255))
+    queued_at: Mapped[datetime | None]
+    """Since when the job had waited for this attempt."""
     started_at: Mapped[datetime] = mapped_column(default=now())
     lease_until: Mapped[datetime]
     ended_at: Mapped[datetime | None]
@@ -176,6 +180,8 @@ class JobAttempt(Base):
     """succeeded, failed, cancelled, released (the worker was told to stop), lost (it fell silent)."""
     code: Mapped[str | None] = mapped_column(String(64))
     message: Mapped[str | None] = mapped_column(String(4096))
+    figures: Mapped[Document | None]
+    """What the worker measured so far, as ``worker/figures.py`` writes it and ``jobs/census.py`` reads it."""
 
 
 class IdempotencyKey(Base):

@@ -17,7 +17,7 @@ from jobs.endings import Cause, Hold, end_attempt, retry_or_fail
 from jobs.moves import move
 from jobs.repository import KEYS_KEPT_S
 from jobs.status import HELD, JobStatus
-from jobs.tables import IdempotencyKey, Job
+from jobs.tables import Document, IdempotencyKey, Job, JobAttempt
 
 _ROUND = 200
 """Rows handled in one transaction."""
@@ -62,6 +62,17 @@ class UpkeepRepository:
     def forget_keys(self) -> None:
         """Drop idempotency keys that are too old to be replayed."""
         self._session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at <= now(-KEYS_KEPT_S)))
+
+    def log_fields(self, job_ids: Sequence[str]) -> dict[str, Document]:
+        """Return what a log line about each job says: its request, and its latest attempt."""
+        columns = Job.id, Job.request_id, JobAttempt.attempt, JobAttempt.fence, JobAttempt.worker
+        latest = (JobAttempt.job_id == Job.id) & (JobAttempt.fence == Job.fence)
+        query = select(*columns).outerjoin(JobAttempt, latest).where(Job.id.in_(job_ids))
+        found: dict[str, Document] = {}
+        for row in self._session.execute(query).mappings():
+            known = {name: row[name] for name in ("request_id", "attempt", "fence", "worker") if row[name] is not None}
+            found[row["id"]] = {"job": row["id"], **known}
+        return found
 
     def is_held(self, job_id: str, fence: int) -> bool:
         """Say whether this attempt still holds its job: its scratch and artifact files are in use."""

@@ -17,9 +17,11 @@ from contextlib import ExitStack
 
 from compression.errors import SlimtrimError
 from compression.planner.sizes import MEMORY_CLASSES
+from jobs.alive import alive_file, keep_touched
 from jobs.logs import configure_logs
 from jobs.places import refuse_divided_parts
 from jobs.settings import Settings, load_settings
+from jobs.traces import tracing
 from worker.app import make_app, run_worker
 from worker.child import COMPRESS
 from worker.devices import CPU, VISIBLE, Device, dearest_first, fitting_classes, take_device, visible_devices
@@ -46,8 +48,9 @@ def main(arguments: Sequence[str]) -> int:
             return 2
         if device is not None:
             os.environ[VISIBLE] = device.uuid  # the job's process sees this GPU and no other
-        configure_logs(service="worker")
-        with Presence(room, CPU if device is None else f"{device.name} {device.uuid}"):
+        configure_logs(service="worker", worker=room.name)
+        keep_touched(alive_file(room.settings, "worker"))
+        with tracing("worker"), Presence(room, CPU if device is None else f"{device.name} {device.uuid}"):
             return run_worker(make_app(room), room)
 
 

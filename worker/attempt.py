@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from compression.errors import SlimtrimError
+from compression.progress import Stage
 from jobs.attempts import Claim, Success
 from jobs.blocks import StoredFile
 from jobs.database import UnitOfWork
@@ -22,6 +23,7 @@ from jobs.status import JobStatus
 from jobs.storage import manifest_sha256, open_storage
 from worker.blocks import BlockKeeper, Reply
 from worker.faults import as_ours
+from worker.figures import Watch
 from worker.leash import Interrupted, Interruption, Leash
 from worker.process import run_child
 from worker.progress import EventWriter, Heartbeat
@@ -38,6 +40,7 @@ class Attempt:
     def __init__(self, room: Room, claim: Claim, leash: Leash, log: Fields) -> None:
         self._room, self._claim, self._leash, self._log = room, claim, leash, log
         self._events = EventWriter(room, claim, leash, log)
+        self._watch = Watch(room, claim, log)
         self._grace_s = {
             Interruption.CANCEL: room.settings.cancel_grace_s,
             Interruption.DRAIN: room.settings.drain_grace_s,
@@ -46,7 +49,7 @@ class Attempt:
 
     def run(self) -> JobStatus | None:
         """Work until the end, whatever it is; return the job's status after it, None when the job was lost."""
-        with Heartbeat(self._room, self._claim, self._leash, self._log):
+        with self._watch, Heartbeat(self._room, self._claim, self._leash, self._log):
             try:
                 status = self._publish(self._work())
             except Interrupted as interrupted:
@@ -61,6 +64,7 @@ class Attempt:
                 self._log.exception("the attempt failed in the worker itself")
                 ours = as_ours(error)
                 status = self._fail(Cause(ours.code, ours.message, ours.retryable))
+            self._watch.ended(status)
         if status is not JobStatus.SUCCEEDED:
             self._discard()
         return status
@@ -68,7 +72,7 @@ class Attempt:
     def _work(self) -> Success:
         with open_workspace(self._room.settings, self._claim) as workspace:
             fetched = self._fetch(workspace)
-            with BlockKeeper(self._room, self._claim, self._leash, self._log, workspace.parts) as keeper:
+            with BlockKeeper(self._room, self._claim, self._leash, self._log, workspace.parts, self._watch.stored) as keeper:
                 answer = self._compress(workspace, fetched, keeper)
                 keeper.settle()
                 manifest = self._store(workspace, keeper.stored)
@@ -77,7 +81,7 @@ class Attempt:
 
     def _fetch(self, workspace: Workspace) -> dict[str, Any]:
         """Return the model's ``folder``, and the ``texts`` that had to be fetched: source -> file."""
-        self._events.stage("fetching", 0.0)
+        self._stage("fetching", 0.0)
         work = {"request": self._request(), "destination": str(workspace.model), "texts": str(workspace.texts)}
         return self._run(["worker.errand", "fetch"], work, dict(os.environ))
 
@@ -95,19 +99,24 @@ class Attempt:
         return self._claim.request if pinned is None else {**self._claim.request, "revision": pinned}
 
     def _store(self, workspace: Workspace, stored: Sequence[StoredFile]) -> Any:
-        self._events.stage("uploading", _STORING)
+        self._stage("uploading", _STORING)
         known = [{"key": file.key, "bytes": file.bytes, "sha256": file.sha256} for file in stored]
         work = {"prefix": self._prefix, "folder": str(workspace.out), "known": known}
         return self._run(["worker.errand", "store"], work, dict(os.environ))["manifest"]
+
+    def _stage(self, stage: Stage, fraction: float) -> None:
+        self._watch.stage(stage)
+        self._events.stage(stage, fraction)
 
     def _run(
         self, arguments: list[str], work: dict[str, Any], environment: dict[str, str], keeper: BlockKeeper | None = None
     ) -> dict[str, Any]:
         work["log"] = {"service": arguments[0], **(self._log.extra or {})}
+        look_on = self._watch.before(self._events.take)
 
         def hear(line: dict[str, Any], reply: Reply) -> None:
             if keeper is None or not keeper.take(line, reply):
-                self._events.take(line)
+                look_on(line)
 
         return run_child(
             arguments, work, self._leash, environment=environment, grace_s=self._grace_s, on_event=hear,

@@ -38,8 +38,11 @@ _BLOCK = "block-"
 class BlockKeeper:
     """One attempt's finished parts; a context that ends when all of them are stored, or must not be any more."""
 
-    def __init__(self, room: Room, claim: Claim, leash: Leash, log: Fields, folder: Path) -> None:
-        """``folder``: for what is fetched; it belongs to the attempt."""
+    def __init__(
+        self, room: Room, claim: Claim, leash: Leash, log: Fields, folder: Path, on_stored: Callable[[int], None]
+    ) -> None:
+        """``folder``: for what is fetched; it belongs to the attempt. ``on_stored`` is told the bytes of every part."""
+        self._on_stored = on_stored
         self._room, self._claim, self._leash, self._log = room, claim, leash, log
         self._folder = folder
         self._storage: Storage = open_storage(room.settings)
@@ -103,6 +106,7 @@ class BlockKeeper:
             return
         self.stored += stored
         size, seconds = sum(file.bytes for file in stored), round(time.monotonic() - began, 3)
+        self._on_stored(size)
         self._log.info("part stored", extra={"part": name, "bytes": size, "seconds": seconds})
 
     def _find(self, fingerprint: str, reply: Reply) -> None:

@@ -10,6 +10,7 @@ import argparse
 import faulthandler
 import importlib
 import logging
+import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,10 +85,21 @@ def main(arguments: Sequence[str]) -> int:
         channel.say({"type": "stopped"})
     except Exception as error:  # the worker must hear a code, whatever happened
         _log.exception("the run failed")
+        channel.say({"type": "figures", **memory_peaks()})
         channel.say_error(as_ours(error))
     else:
+        channel.say({"type": "figures", **memory_peaks()})
         channel.say_result(result=report.result(), report=report.model_dump(mode="json"))
     return 0
+
+
+def memory_peaks() -> dict[str, int]:
+    """Return the most memory that this process has used, of its own and of its GPU, in bytes."""
+    peaks = {"host_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    torch = sys.modules.get("torch")  # a run that never needed it is not made to load it now
+    if torch is not None and torch.cuda.is_initialized():
+        peaks["gpu_memory_peak"] = torch.cuda.max_memory_reserved()
+    return peaks
 
 
 def _compress(compress: Callable[..., Any], channel: Channel) -> Any:

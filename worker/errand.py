@@ -49,6 +49,9 @@ def _fetch(channel: Channel, settings: Settings) -> None:
     check_text_sources(request, settings)
     folder = fetch(request.model, request.revision, Path(work["destination"]), settings)
     texts = fetch_texts(request, Path(work["texts"]), settings)
+    if not request.model.startswith("file://"):
+        fetched = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        channel.say({"type": "figures", "bytes_fetched": fetched})
     channel.say_result(folder=str(folder), texts={source: str(copy) for source, copy in texts.items()})
 
 
@@ -56,6 +59,7 @@ def _store(channel: Channel, settings: Settings) -> None:
     folder = Path(channel.work["folder"])
     known = known_among(folder, [KnownObject(**known) for known in channel.work["known"]])
     manifest = open_storage(settings).put_artifact(channel.work["prefix"], folder, known)
+    channel.say({"type": "figures", "bytes_stored": manifest["bytes"] - sum(stored.bytes for stored in known.values())})
     channel.say_result(manifest=manifest)
 
 

@@ -11,11 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from compression.errors import SlimtrimError
+from jobs.alive import alive_file, touch
 from jobs.blocks import ROOT
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
 from jobs.logs import configure_logs
@@ -57,9 +60,10 @@ class Maintenance:
             work.outbox.extend(requeued)
             overdue = work.upkeep.expire_runtimes(grace_s)
             expired = work.upkeep.expire_queued()
-        _note("lease over, queued again", requeued)
-        _note("over its runtime, failed", overdue)
-        _note("waited too long, expired", expired)
+            about = work.upkeep.log_fields([*requeued, *overdue, *expired])
+        _note("lease over, queued again", [about[job_id] for job_id in requeued])
+        _note("over its runtime, failed", [about[job_id] for job_id in overdue])
+        _note("waited too long, expired", [about[job_id] for job_id in expired])
         self._announce_again()
 
     def clean(self) -> None:
@@ -69,20 +73,20 @@ class Maintenance:
             stale = work.blocks.forget_stale(self._settings.blocks_kept_s)
             work.workers.forget_silent()
         for prefix in stale:
-            _note("finished blocks removed", [prefix])
+            _note("finished blocks removed", [{"prefix": prefix}])
             self._storage.delete(prefix)
         self._storage.sweep_uploads(_UPLOAD_S)
         for folder in self._settings.work_folder.glob("job_*/a*"):
             if not self._is_held(folder.relative_to(self._settings.work_folder).as_posix()):
-                _note("scratch folder removed", [folder.name])
+                _note("scratch folder removed", [_named(folder.relative_to(self._settings.work_folder).as_posix())])
                 remove(folder)
         for prefix in self._stored_attempts():
             if not self._is_held(prefix) and not self._is_published(prefix):
-                _note("artifact of no job removed", [prefix])
+                _note("artifact of no job removed", [_named(prefix)])
                 self._storage.delete(prefix)
         for prefix in self._stored_parts():
             if not self._is_held(prefix) and not self._is_kept(prefix):
-                _note("part of no run removed", [prefix])
+                _note("part of no run removed", [_named(prefix)])
                 self._storage.delete(prefix)
 
     def _announce_again(self) -> None:
@@ -124,6 +128,11 @@ class Maintenance:
             return work.upkeep.is_published(job_id, f"{prefix}/")
 
 
+def _named(path: str) -> dict[str, Any]:
+    match = _ATTEMPT.match(path)
+    return {} if match is None else {"job": match["job"], "fence": int(match["fence"])}
+
+
 def main() -> int:
     """Keep house until SIGTERM."""
     try:
@@ -138,14 +147,16 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
     start_dispatcher(settings, maintenance.open_session, stop)
+    alive = alive_file(settings, "maintenance")
     with Turn(maintenance.engine, settings.data_dir / "maintenance.lock") as turn:
-        _loop(maintenance, turn, settings.maintenance_s, stop)
+        _loop(maintenance, turn, settings.maintenance_s, stop, alive)
     return 0
 
 
-def _loop(maintenance: Maintenance, turn: Turn, every_s: float, stop: threading.Event) -> None:
+def _loop(maintenance: Maintenance, turn: Turn, every_s: float, stop: threading.Event, alive: Path) -> None:
     clean_at = 0.0
     while not stop.is_set():
+        touch(alive)
         try:
             if not turn.is_ours():
                 stop.wait(every_s)
@@ -159,9 +170,9 @@ def _loop(maintenance: Maintenance, turn: Turn, every_s: float, stop: threading.
         stop.wait(every_s)
 
 
-def _note(event: str, what: Iterable[str]) -> None:
-    for name in what:
-        _log.info(event, extra={"job": name})
+def _note(event: str, jobs: Iterable[Mapping[str, Any]]) -> None:
+    for fields in jobs:
+        _log.info(event, extra=dict(fields))
 
 
 if __name__ == "__main__":

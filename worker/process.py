@@ -26,6 +26,7 @@ from jobs.errors import WorkerLost
 from jobs.tether import with_our_modules
 from worker.leash import Interruption, Leash
 from worker.memory import MemoryWatch
+from worker.output import start_passing_on
 
 _LOOK_EVERY_S = 1.0
 """A child that died without closing its pipe (a grandchild holds it) is noticed this late."""
@@ -76,7 +77,7 @@ def run_child(
     ``on_event`` may answer a line, now or later and from any thread.
     """
     leash.check()
-    child = _Child(arguments, environment)
+    child = _Child(arguments, environment, work.get("log", {}))
     watch = MemoryWatch(memory_limit)
     try:
         with leash.held_by(child.inbox.put), watch.over(child.pid, lambda: child.signal(signal.SIGKILL)):
@@ -128,7 +129,7 @@ def _understood(final: Line | None, child: _Child) -> Line:
 class _Child:
     """The process, its pipe, and one inbox for all that concerns it."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], fields: Mapping[str, Any]) -> None:
         self.inbox: SimpleQueue[Line | Interruption | float | _Answer | None] = SimpleQueue()
         read, write = os.pipe()
         own = ["--events", str(write), "--parent", str(os.getpid())]
@@ -136,13 +137,16 @@ class _Child:
             [sys.executable, "-m", *arguments, *own],
             env=with_our_modules(environment),
             stdin=subprocess.PIPE,
-            stdout=sys.stderr.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             pass_fds=(write,),
             start_new_session=True,
         )
         os.close(write)
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
+        assert self._process.stdout is not None
+        self._output = start_passing_on(self._process.stdout, fields)
 
     @property
     def pid(self) -> int:
@@ -189,6 +193,7 @@ class _Child:
         self.signal(signal.SIGKILL)  # the rest of its session, whose number lives as long as any member
         self._process.wait()
         self._reader.join()
+        self._output.join()
 
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as pipe:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from jobs.attempts import Claim
-from jobs.logs import Fields
+from jobs.logs import Fields, bound_fields
 from jobs.queue import TASK
 from worker.attempt import Attempt
 from worker.leash import Leash
@@ -48,12 +48,16 @@ def work_on(room: Room, job_id: str) -> None:
 
 def _attempt(room: Room, claim: Claim, leash: Leash) -> None:
     fields = {"job": claim.job_id, "attempt": claim.attempt, "fence": claim.fence, "worker": room.name}
+    if claim.request_id is not None:
+        fields["request_id"] = claim.request_id
     log = Fields(_log, fields)
-    log.info("claimed")
-    room.attach(leash)
-    room.job_id = claim.job_id
-    try:
-        status = Attempt(room, claim, leash, log).run()
-    finally:
-        room.job_id = None
-    log.info("attempt over", extra={"status": status, "interrupted": leash.reason})
+    # Bound as well, for the lines of others that know nothing of a job.
+    with bound_fields(**fields):
+        log.info("claimed")
+        room.attach(leash)
+        room.job_id = claim.job_id
+        try:
+            status = Attempt(room, claim, leash, log).run()
+        finally:
+            room.job_id = None
+        log.info("attempt over", extra={"status": status, "interrupted": leash.reason})

@@ -33,12 +33,6 @@ def list_architectures(request: Request, caller: AnyCaller) -> Response:
     return as_json(ArchitectureList(data=[_architecture_view(row) for row in ARCHITECTURES.values()]))
 
 
-@router.get("/metrics", responses=problems(422))
-def metrics() -> None:
-    """Not available yet: metrics for Prometheus."""
-    _refuse("GET /metrics", "GET /readyz says whether the service works")
-
-
 @router.get("/", responses=problems(422))
 def dashboard() -> None:
     """Not available yet: the dashboard."""

@@ -30,13 +30,15 @@ def livez() -> Response:
 @router.get("/readyz", response_model=Health, responses=problems(503))
 def readyz(service: Running) -> Response:
     """Say whether jobs can be accepted. Database, schema, storage and disk must work; a silent broker only delays jobs."""
-    checks = {
-        "database": _database(service),
-        "schema": _schema(service),
-        "storage": _storage(service),
-        "disk": _disk(service),
-        "broker": _broker(service),
-    }
+    checks = service.readiness.ask(
+        {
+            "database": lambda: _database(service),
+            "schema": lambda: _schema(service),
+            "storage": lambda: _storage(service),
+            "disk": lambda: _disk(service),
+            "broker": lambda: _broker(service),
+        }
+    )
     if service.draining.is_set():
         raise Problem("draining", "the service is stopping")
     failed = [f"{name}: {check.detail}" for name, check in checks.items() if check.required and not check.ok]

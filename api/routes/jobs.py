@@ -67,7 +67,7 @@ async def create_job(request: Request, caller: JobWriter, body: Body, service: R
     require_accept(request.headers, JSON)
     refuse_unknown_parameters(request)
     key = idempotency_key_of(request.headers)
-    added = await to_thread.run_sync(submit, service, caller.name, body, key)
+    added = await to_thread.run_sync(submit, service, caller.name, body, key, request.state.request_id)
     return await _created(request, service, caller.name, added)
 
 
@@ -134,7 +134,7 @@ async def retry_job(request: Request, caller: JobWriter, service: Running, job_i
     require_accept(request.headers, JSON)
     refuse_unknown_parameters(request)
     key = idempotency_key_of(request.headers)
-    added = await to_thread.run_sync(retry, service, caller.name, parse_job_id(job_id), key)
+    added = await to_thread.run_sync(retry, service, caller.name, parse_job_id(job_id), key, request.state.request_id)
     return await _created(request, service, caller.name, added)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
 from sqlalchemy import text
 
+from api.schemas import Check
 from jobs.keys import ApiKey, new_key
 from tests.api.conftest import Face, OpenFace
 
@@ -103,3 +105,23 @@ def test_readiness_tells_no_stranger_where_things_are(open_face: OpenFace):
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])
 def test_health_may_be_asked_with_head(face: Face, path: str):
     assert face.client.head(path).status_code == 200
+
+
+def test_a_server_that_hangs_delays_readiness_by_no_more_than_its_patience(face: Face, monkeypatch: pytest.MonkeyPatch):
+    released = threading.Event()
+    monkeypatch.setattr("api.readiness.PATIENCE_S", 0.2)
+    threads = threading.active_count()
+    asked = dict.fromkeys(("storage", "broker"), lambda: released.wait(60) and Check(ok=True, required=True, detail="at last"))
+
+    first, again = (face.service.readiness.ask(asked) for _ in range(2))  # pyright: ignore
+
+    assert threading.active_count() <= threads + 2, "a check that is late is not begun again"
+    released.set()
+    assert [(check.ok, check.required) for check in (*first.values(), *again.values())] == [(False, True), (False, False)] * 2
+
+
+def test_every_check_is_asked_at_the_same_time(face: Face):
+    barrier = threading.Barrier(3, timeout=30)
+    asked = {name: lambda: Check(ok=barrier.wait() >= 0, required=True, detail="") for name in ("a", "b", "c")}
+
+    assert all(check.ok for check in face.service.readiness.ask(asked).values())

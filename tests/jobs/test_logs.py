@@ -7,6 +7,8 @@ import logging
 import subprocess
 import sys
 
+import pytest
+
 from jobs.keys import new_key
 from jobs.logs import Fields, JsonLines
 
@@ -62,3 +64,38 @@ def test_every_line_of_a_configured_process_is_json():
     (only,) = done.stderr.splitlines()
     assert json.loads(only)["job"] == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("key AKIACANARYCANARY0001 refused", "AKIACANARYCANARY0001"),
+        ("GET /x?X-Amz-Credential=AK%2F2026&X-Amz-Signature=0badc0de&n=1", "0badc0de"),
+        ("GET /x?X-Amz-Credential=AK%2F2026&X-Amz-Signature=0badc0de&n=1", "AK%2F2026"),
+        ("signed with whsec_MfKQ9r8GKYqrTwjU", "whsec_MfKQ9r8GKYqrTwjU"),
+        ("postgresql://slimtrim:hunter2@db/x does not answer", "hunter2"),
+        ("redis://:hunter2@host:6379/0", "hunter2"),
+        ("Authorization: Basic dXNlcjpodW50ZXIy", "dXNlcjpodW50ZXIy"),
+        ("authorization=hunter2hunter2", "hunter2hunter2"),
+    ],
+)
+def test_every_kind_of_secret_is_blanked_and_the_rest_of_the_line_stays(text: str, secret: str):
+    told = str(line(text)["event"])
+
+    assert secret not in told
+    assert told.split()[0][:3] == text.split()[0][:3]
+
+
+def test_what_the_environment_holds_is_blanked_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "plain words/of+nothing")
+    monkeypatch.setenv("SLIMTRIM_DATABASE_URL", "postgresql://u:p%40ss-word@h/d")
+
+    told = json.dumps(line("plain words/of+nothing, p@ss-word and p%40ss-word"))
+
+    assert told.count("[secret]") == 3
+
+
+def test_addresses_without_a_password_and_plain_words_stay():
+    text = "http://host:8000/a?b=c s3://bucket/key basic facts, 12 tokens"
+
+    assert line(text)["event"] == text

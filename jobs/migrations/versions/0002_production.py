@@ -17,6 +17,7 @@ _INDEXES = {
     "ix_jobs_status_queue_deadline": ["status", "queue_deadline"],
     "ix_jobs_memory_class_status_id": ["memory_class", "status", "id"],
     "ix_jobs_memory_class_status_announced_at_id": ["memory_class", "status", "announced_at", "id"],
+    "ix_jobs_status_memory_class_queued_at": ["status", "memory_class", "queued_at"],
     "ix_jobs_owner_bytes_after": ["owner", "bytes_after"],
     "ix_jobs_fingerprint": ["fingerprint"],
 }
@@ -51,6 +52,10 @@ def upgrade() -> None:
         jobs.create_check_constraint(op.f("ck_jobs_attempt_in_range"), _NEW)
     for name, columns in _INDEXES.items():
         op.create_index(name, "jobs", columns)
+    with op.batch_alter_table("job_attempts") as attempts:
+        attempts.add_column(sa.Column("queued_at", TIME))
+        attempts.add_column(sa.Column("figures", DOCUMENT))
+    op.create_index("ix_job_attempts_ended_at", "job_attempts", ["ended_at"])
     _create_tables()
 
 
@@ -60,6 +65,10 @@ def downgrade() -> None:
         op.drop_table(table)
     for name in _INDEXES:
         op.drop_index(name, "jobs")
+    op.drop_index("ix_job_attempts_ended_at", "job_attempts")
+    with op.batch_alter_table("job_attempts") as attempts:
+        attempts.drop_column("figures")
+        attempts.drop_column("queued_at")
     op.execute("UPDATE jobs SET attempt = max_attempts WHERE attempt > max_attempts")
     with op.batch_alter_table("jobs") as jobs:
         jobs.drop_constraint(op.f("ck_jobs_attempt_in_range"), type_="check")
