@@ -18,6 +18,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -95,6 +96,10 @@ class FolderFiles:
         except OSError as error:
             raise ModelNotFound(f"there is no readable folder {self._path.name!r}: {error.strerror}") from error
 
+    def open(self, name: str) -> BufferedReader:
+        """Open a file for reading, or refuse it: a link that leads out, a pipe, a device."""
+        return os.fdopen(self._open(name), "rb")
+
     def size(self, name: str) -> int:
         """Return the bytes in a file."""
         descriptor = self._open(name)
@@ -105,7 +110,7 @@ class FolderFiles:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, fewer only where the file ends."""
-        with os.fdopen(self._open(name), "rb") as file:
+        with self.open(name) as file:
             try:
                 file.seek(start)
                 return file.read(length)
@@ -125,10 +130,26 @@ class FolderFiles:
             if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ELOOP):
                 raise BrokenCheckpoint(f"{name!r} is missing, or is a link that leads nowhere") from error
             raise SourceUnavailable(f"{name!r} cannot be opened: {error.strerror}") from error
+        fault = ""
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            fault = "is not a regular file"
+        elif not _is_held_below(descriptor, self._root):
+            fault = "is a link that leads out of the model's folder"
+        if fault:
             os.close(descriptor)
-            raise SourceNotAllowed(f"{name!r} is not a regular file")
+            raise SourceNotAllowed(f"{name!r} {fault}")
         return descriptor
+
+
+def _is_held_below(descriptor: int, root: Path) -> bool:
+    """Say whether what was opened lies below ``root``: a folder on the way may have become a link since it was resolved.
+
+    The kernel knows; where it does not tell (no /proc), what was resolved before must do.
+    """
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_relative_to(root)
+    except OSError:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
