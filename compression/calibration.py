@@ -184,7 +184,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise RemoteCodeRequired(f"the tokenizer in {folder} asks for code of its own; none is ever run") from error
-        raise BrokenCheckpoint(f"the tokenizer in {folder} does not open: {error}") from error
+        raise BrokenCheckpoint(f"the tokenizer in {folder} does not open: {str(error)[:500]}") from error
 
 
 def _shared_out(samples: int, weights: Sequence[float]) -> list[int]:

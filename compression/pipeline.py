@@ -21,6 +21,7 @@ from compression.checkpoint.reader import Reader
 from compression.checkpoint.schemes import quantized_entries
 from compression.checkpoint.source import open_source
 from compression.checkpoint.writer import Writer, sparse_config, write_json
+from compression.companions import check_generation_config, check_token_ids
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
@@ -142,7 +143,11 @@ class Run:
         self.evaluation: TokenSet = load_evaluation(self.request.evaluation.perplexity, folder, sequence_length=length)
         if self.calibration is not None:
             refuse_overlap(self.calibration, self.evaluation)
+        vocabulary = self.reader.dense.tensors[f"{self.architecture.embedding}.weight"].shape[0]
+        check_generation_config(folder)
         for text in (self.calibration, self.evaluation):
+            for ids in (text.ids_NS, text.spare_NS) if text is not None else ():
+                check_token_ids(ids, vocabulary)
             for note in text.description["warnings"] if text is not None else []:
                 self._warn("text", note)
         for warning in self.plan.warnings if not self.plan.provisional else ():

@@ -145,7 +145,7 @@ def _without_links(folder: Path, root: Path, destination: Path) -> Path:
     try:
         destination.mkdir(parents=True, exist_ok=True)
         for name in filter(is_wanted, names):
-            _link_or_copy(targets[name], destination / name)
+            _link_or_copy(files, name, targets[name], destination / name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"no room for a copy of file://{folder}") from error
@@ -153,13 +153,14 @@ def _without_links(folder: Path, root: Path, destination: Path) -> Path:
     return destination
 
 
-def _link_or_copy(source: Path, place: Path) -> None:
+def _link_or_copy(files: FolderFiles, name: str, source: Path, place: Path) -> None:
     """Give the file a second name, or a second copy where that cannot be: another disk, another owner."""
     place.unlink(missing_ok=True)
     try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)
+        os.link(source, place, follow_symlinks=False)  # if it has become a link by now, the run refuses that
+    except (OSError, NotImplementedError):
+        with files.open(name) as file, place.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
 
 
 def _absolute_path(url: str, pointer: str) -> Path:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, cast
 
 from compression.errors import BrokenCheckpoint
@@ -22,6 +23,7 @@ Refusable = Literal["quantize", "awq", "attention", "shared_experts", "dense", "
 
 EXPERT_COUNT_SPELLINGS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Every spelling of the expert count that engines read; whichever a source config holds is kept true."""
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Architecture:
 
     def block_of(self, name: str) -> int | None:
         """Return the index of the block that a saved tensor belongs to; None outside the blocks."""
-        match = re.match(r"\.(\d+)\.", name[len(self.layers) :]) if name.startswith(self.layers) else None
+        match = _NUMBER.match(name, len(self.layers)) if name.startswith(self.layers) else None
         return int(match[1]) if match else None
 
     def place_of(self, name: str) -> str:
@@ -229,5 +231,10 @@ class Architecture:
 
     def expert_of(self, name: str) -> int | None:
         """Return which expert a saved tensor belongs to; None for all else, and for fused tensors."""
-        match = re.search(rf"\.{re.escape(self.moe)}\.experts\.(\d+)\.", name)
-        return int(match[1]) if match and not self.fused_on_disk else None
+        match = None if self.fused_on_disk else _expert_pattern(self.moe).search(name)
+        return int(match[1]) if match else None
+
+
+@cache
+def _expert_pattern(moe: str) -> re.Pattern[str]:
+    return re.compile(rf"\.{re.escape(moe)}\.experts\.(\d+)\.")

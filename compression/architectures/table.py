@@ -25,7 +25,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         return row
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedArchitecture(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
-    supported = ", ".join(sorted(ARCHITECTURES))
+    supported, model_type = ", ".join(sorted(ARCHITECTURES)), str(model_type)[:100]
     if any(key in config for key in EXPERT_COUNT_SPELLINGS):
         raise UnsupportedArchitecture(f"model_type {model_type!r} is not supported; supported: {supported}")
     raise NotAMoE(f"model_type {model_type!r} has no routed experts to compress; supported mixtures: {supported}")

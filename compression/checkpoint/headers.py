@@ -18,6 +18,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -48,12 +49,15 @@ DTYPE_BITS: dict[str, int] = {
 
 _MAX_CONFIG = 4 * 2**20
 _MAX_CONFIG_DEPTH = 32
-_MAX_HEADER = 100 * 10**6
-"""Bytes of all the headers of a checkpoint together; the largest known need a fifth of it."""
-_MAX_MARKS = 2 * 10**6
-"""Brackets and commas in one JSON file: a hundred thousand tensors need about one million."""
+_MAX_HEADER = 40 * 10**6
+"""Bytes of all the headers of a checkpoint together; the largest known need half of it."""
+_MAX_NOT_ASCII = 4 * 2**20
+"""Bytes of a JSON file beyond which it must be ASCII: one other letter makes all letters four times as big in memory."""
+_MAX_MARKS = 2_500_000
+"""Brackets and commas in one JSON file, and in all headers together: a hundred thousand tensors need about one million."""
+_MAX_CONFIG_MARKS = 100_000
 _MAX_SHARDS = 4096
-_MAX_TENSORS = 500_000
+_MAX_TENSORS = 250_000
 _MAX_RANK = 16
 _MAX_NAME = 512
 
@@ -92,6 +96,10 @@ class FolderFiles:
         except OSError as error:
             raise ModelNotFound(f"there is no readable folder {self._path.name!r}: {error.strerror}") from error
 
+    def open(self, name: str) -> BufferedReader:
+        """Open a file for reading, or refuse it: a link that leads out, a pipe, a device."""
+        return os.fdopen(self._open(name), "rb")
+
     def size(self, name: str) -> int:
         """Return the bytes in a file."""
         descriptor = self._open(name)
@@ -102,7 +110,7 @@ class FolderFiles:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, fewer only where the file ends."""
-        with os.fdopen(self._open(name), "rb") as file:
+        with self.open(name) as file:
             try:
                 file.seek(start)
                 return file.read(length)
@@ -122,10 +130,26 @@ class FolderFiles:
             if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ELOOP):
                 raise BrokenCheckpoint(f"{name!r} is missing, or is a link that leads nowhere") from error
             raise SourceUnavailable(f"{name!r} cannot be opened: {error.strerror}") from error
+        fault = ""
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            fault = "is not a regular file"
+        elif not _is_held_below(descriptor, self._root):
+            fault = "is a link that leads out of the model's folder"
+        if fault:
             os.close(descriptor)
-            raise SourceNotAllowed(f"{name!r} is not a regular file")
+            raise SourceNotAllowed(f"{name!r} {fault}")
         return descriptor
+
+
+def _is_held_below(descriptor: int, root: Path) -> bool:
+    """Say whether what was opened lies below ``root``: a folder on the way may have become a link since it was resolved.
+
+    The kernel knows; where it does not tell (no /proc), what was resolved before must do.
+    """
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_relative_to(root)
+    except OSError:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +183,12 @@ def read_checkpoint(files: CheckpointFiles) -> Checkpoint:
     config = _read_config(files, names)
     tensors: dict[str, TensorHeader] = {}
     places, shards = _find_shards(files, names)
-    left = _MAX_HEADER
+    left, marks = _MAX_HEADER, _MAX_MARKS
     for file in shards:
-        length = _header_length(files, file, left)
-        left -= length
-        for tensor in _read_header(files, file, length):
+        raw = _raw_header(files, file, left)
+        left -= len(raw)
+        marks -= _checked_marks(raw, file, marks)
+        for tensor in _read_header(files, file, raw):
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise BrokenCheckpoint(f"tensor {tensor.name!r} is in {other.file!r} and again in {file!r}")
@@ -183,10 +208,10 @@ def is_plain(name: str) -> bool:
 def _read_config(files: CheckpointFiles, names: set[str]) -> dict[str, Any]:
     if CONFIG not in names:
         raise ModelNotFound(f"there is no {CONFIG}, so there is no model here")
-    config = _parse_object(_read_whole(files, CONFIG, _MAX_CONFIG), CONFIG)
+    config = _parse_object(_read_whole(files, CONFIG, _MAX_CONFIG, _MAX_CONFIG_MARKS), CONFIG)
     keys_found = _check_depth(config)
     # A supported family opens with its stock class, whatever code the checkpoint offers besides; that code is never run.
-    if "auto_map" in keys_found and config.get("model_type") not in {*ARCHITECTURES, *REFUSED}:
+    if "auto_map" in keys_found and str(config.get("model_type")) not in {*ARCHITECTURES, *REFUSED}:
         raise RemoteCodeRequired(
             f"{CONFIG} asks for the model's own code (auto_map), and none is ever run; supported without it: "
             f"{', '.join(sorted(ARCHITECTURES))}"
@@ -229,7 +254,7 @@ def _find_shards(files: CheckpointFiles, names: set[str]) -> tuple[dict[str, str
 
 
 def _read_index(files: CheckpointFiles) -> dict[str, str]:
-    places = _parse_object(_read_whole(files, INDEX, _MAX_HEADER), INDEX).get("weight_map")
+    places = _parse_object(_read_whole(files, INDEX, _MAX_HEADER, _MAX_MARKS), INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise BrokenCheckpoint(f"{INDEX} has no weight_map from tensor to file")
     for name, file in cast("dict[str, object]", places).items():
@@ -249,8 +274,8 @@ def _check_shards(shards: list[str], names: set[str]) -> None:
             raise BrokenCheckpoint(f"{INDEX} names {file!r}, which is missing")
 
 
-def _header_length(files: CheckpointFiles, file: str, limit: int) -> int:
-    """Return the length of a safetensors file's header, once it is known to be harmless to read."""
+def _raw_header(files: CheckpointFiles, file: str, limit: int) -> bytes:
+    """Return the header of a safetensors file, once it is known to be harmless to read."""
     size = files.size(file)
     if size < 8:
         raise BrokenCheckpoint(f"{file!r} is {size} bytes long, too short for a safetensors header")
@@ -261,15 +286,15 @@ def _header_length(files: CheckpointFiles, file: str, limit: int) -> int:
         )
     if 8 + length > size:
         raise BrokenCheckpoint(f"{file!r} is {size} bytes long and ends inside its header of {length} bytes")
-    return length
+    return _read_exactly(files, file, 8, length)
 
 
-def _read_header(files: CheckpointFiles, file: str, length: int) -> list[TensorHeader]:
+def _read_header(files: CheckpointFiles, file: str, raw: bytes) -> list[TensorHeader]:
     """Return the tensors of one safetensors file, in the order of their bytes."""
-    entries = _parse_object(_read_exactly(files, file, 8, length), file)
+    entries = _parse_object(raw, file)
     entries.pop("__metadata__", None)
-    tensors = sorted(_read_entries(entries, file, 8 + length), key=lambda tensor: (tensor.start, tensor.stop))
-    _check_filled(tensors, file, 8 + length, files.size(file))
+    tensors = sorted(_read_entries(entries, file, 8 + len(raw)), key=lambda tensor: (tensor.start, tensor.stop))
+    _check_filled(tensors, file, 8 + len(raw), files.size(file))
     return tensors
 
 
@@ -301,8 +326,10 @@ def _sizes(value: object) -> tuple[int, ...] | None:
     items = cast("list[object]", value)
     if len(items) > _MAX_RANK:
         return None
-    sizes = tuple(item for item in items if type(item) is int and 0 <= item < 2**63)  # type(): True is no size
-    return sizes if len(sizes) == len(items) else None
+    for item in items:
+        if type(item) is not int or not 0 <= item < 2**63:  # type(): True is no size
+            return None
+    return cast("tuple[int, ...]", tuple(items))
 
 
 def _check_filled(tensors: Iterable[TensorHeader], file: str, data: int, size: int) -> None:
@@ -319,11 +346,13 @@ def _check_filled(tensors: Iterable[TensorHeader], file: str, data: int, size: i
         raise BrokenCheckpoint(f"{file!r} is {size} bytes long, but its tensors end at {end}")
 
 
-def _read_whole(files: CheckpointFiles, name: str, limit: int) -> bytes:
+def _read_whole(files: CheckpointFiles, name: str, limit: int, marks: int) -> bytes:
     size = files.size(name)
     if size > limit:
         raise BrokenCheckpoint(f"{name} is {size} bytes long; at most {limit} are read")
-    return _read_exactly(files, name, 0, size)
+    raw = _read_exactly(files, name, 0, size)
+    _checked_marks(raw, name, marks)
+    return raw
 
 
 def _read_exactly(files: CheckpointFiles, name: str, start: int, length: int) -> bytes:
@@ -333,12 +362,18 @@ def _read_exactly(files: CheckpointFiles, name: str, start: int, length: int) ->
     return data
 
 
-def _parse_object(raw: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in a file; a repeated key is refused, since two readers may take different ones."""
-    # An empty list is two bytes on disk and a hundred in memory: counting marks first bounds what parsing can take.
+def _checked_marks(raw: bytes, name: str, limit: int) -> int:
+    """Count brackets and commas: an empty list is two bytes on disk and a hundred in memory, so they bound what parsing can take."""
     marks = sum(raw.count(mark) for mark in (b"{", b"[", b","))
-    if marks > _MAX_MARKS:
-        raise BrokenCheckpoint(f"{name} holds {marks} brackets and commas; at most {_MAX_MARKS} are parsed")
+    if marks > limit:
+        raise BrokenCheckpoint(f"{name} holds {marks} brackets and commas; at most {limit} more are parsed")
+    return marks
+
+
+def _parse_object(raw: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file whose marks were counted; a repeated key is refused, since readers differ in which counts."""
+    if len(raw) > _MAX_NOT_ASCII and not raw.isascii():
+        raise BrokenCheckpoint(f"{name} is {len(raw)} bytes long; beyond {_MAX_NOT_ASCII} only plain ASCII is parsed")
     try:
         value: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:

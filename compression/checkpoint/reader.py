@@ -114,7 +114,7 @@ class Reader:
         for header in headers:
             by_file[header.file].append(header)
         for file, inside in by_file.items():
-            with (self.folder / file).open("rb") as handle:
+            with FolderFiles(self.folder).open(file) as handle:
                 for header in sorted(inside, key=lambda h: h.start):
                     handle.seek(header.start)
                     tensors[header.name] = _tensor(header, bytearray(header.bytes), handle)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression.architectures import find_architecture
+from compression.checkpoint.headers import FolderFiles
 from compression.errors import DiskFull, VerificationFailed
 from compression.recipe import Pattern
 from compression.runtime import slimtrim_runtime
@@ -85,10 +86,12 @@ class Writer:
         metadata = {"total_size": self.bytes}
         weight_map = dict(sorted(self._weight_map.items()))
         write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
-        for file in sorted(source.iterdir()):
-            wanted = file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES
-            if file.is_file() and wanted and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, self.folder / file.name)
+        files = FolderFiles(source)
+        for name in files.names():
+            wanted = Path(name).suffix in _COPIED_SUFFIXES or name in _COPIED_NAMES
+            if wanted and name not in _NOT_COPIED and not name.endswith(".index.json"):
+                with files.open(name) as file, (self.folder / name).open("wb") as copy:
+                    shutil.copyfileobj(file, copy)
         if self._needs_runtime:
             shutil.copyfile(RUNTIME, self.folder / RUNTIME.name)
 

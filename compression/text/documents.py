@@ -37,6 +37,8 @@ from compression.text.records import text_of
 
 PIECE = 2**18
 """Characters: a longer document comes in several pieces."""
+_LONGEST_LINE = 2**25
+"""Bytes of a line of JSON: it is held whole, and a gzip file of a megabyte can hold a line of a gigabyte."""
 EVALUATION_MODULES = (
     "argparse", "ast", "asyncio/events", "configparser", "contextlib", "difflib", "email/message", "enum", "fileinput",
     "fractions", "ftplib", "http/cookiejar", "http/server", "imaplib", "inspect", "ipaddress", "json/__init__",
@@ -167,7 +169,9 @@ def _text_chunks(path: Path) -> Iterator[str]:
 
 def _json_texts(path: Path) -> Iterator[str]:
     with _named_errors(path), _opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+            if len(line) > _LONGEST_LINE:
+                raise ValidationFailed(f"line {number} of {path} is longer than {_LONGEST_LINE} bytes; split the document")
             if line.strip():
                 yield _json_text(line, f"line {number} of {path}")
 

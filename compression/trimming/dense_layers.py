@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from compression.architectures import Architecture
-from compression.planner.inventory import expected_mixtures
+from compression.planner.inventory import config_count, expected_mixtures
 
 Spelling = Literal["list", "prefix", "types"]
 WIDTH_KEY = "intermediate_size"
@@ -53,7 +53,7 @@ def zero_dense_width(
     One width holds for every dense layer of a model: that of the dense blocks that stay, else as little as can be divided.
     """
     if dense_blocks(architecture, settings) & set(kept):
-        return int(settings[WIDTH_KEY])
+        return config_count(settings, WIDTH_KEY)
     return _NARROWEST * tensor_parallel
 
 
