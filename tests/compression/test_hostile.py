@@ -13,7 +13,17 @@ from compression.checkpoint.headers import read_checkpoint
 from compression.errors import BrokenCheckpoint, NotAMoE, RemoteCodeRequired
 from compression.plan import make_plan
 from compression.request import Compression
-from tests.compression.made_checkpoints import CONFIG, TWO_SHARDS, A, MemoryFiles, checkpoint, request, safetensors, sharded, single
+from tests.compression.made_checkpoints import (
+    CONFIG,
+    TWO_SHARDS,
+    A,
+    MemoryFiles,
+    checkpoint,
+    request,
+    safetensors,
+    sharded,
+    single,
+)
 from tests.faults.fuzz_checkpoints import run
 from tests.faults.hostile import draw, write
 from tests.faults.made_families import FAMILIES, made

@@ -84,7 +84,9 @@ def test_code_beside_a_stock_model_is_neither_imported_nor_copied(model: Path, t
     (model / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((model / name).read_text())
-        code = {each: "modeling_own.Own" for each in ("AutoConfig", "AutoModelForCausalLM")} | {"AutoTokenizer": ["modeling_own.Own", None]}
+        code = {each: "modeling_own.Own" for each in ("AutoConfig", "AutoModelForCausalLM")} | {
+            "AutoTokenizer": ["modeling_own.Own", None]
+        }
         (model / name).write_text(json.dumps({**settings, "auto_map": code}))
     (model / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.mkdir('" + str(ran) + "') }}")
 
@@ -97,7 +99,9 @@ def test_code_beside_a_stock_model_is_neither_imported_nor_copied(model: Path, t
 
 def test_a_companion_that_became_a_link_out_of_the_folder_is_not_copied_into_the_artifact(model: Path, tmp_path: Path):
     (tmp_path / "secret.json").write_text('"secret"')
-    writer = Writer(tmp_path / "out", json.loads((model / "config.json").read_text())) if (tmp_path / "out").mkdir() is None else None
+    writer = (
+        Writer(tmp_path / "out", json.loads((model / "config.json").read_text())) if (tmp_path / "out").mkdir() is None else None
+    )
     (model / "notes.json").symlink_to(tmp_path / "secret.json")
 
     assert writer is not None
@@ -165,7 +169,17 @@ def _calls(tree: ast.AST) -> list[str]:
 def dangers_in(source: str) -> list[str]:
     """Return what in a module could run a stranger's code."""
     tree = ast.parse(source)
-    bad = {"torch.load", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "compile", "__import__"}
+    bad = {
+        "torch.load",
+        "torch.jit.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+    }
     found = [call for call in _calls(tree) if call in bad or call.split(".")[0] in FORBIDDEN]
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "weights_only", "shell"):

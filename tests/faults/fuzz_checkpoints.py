@@ -42,7 +42,10 @@ RECIPES = (
     {"recipe": {"steps": [{"step": "quantize", "method": "awq", "attention": "W4A16", "dense": "W8A16"}]}, "profile": "custom"},
     {"recipe": {"steps": [{"step": "expert_drop", "experts_kept": 4}, _QUANTIZE]}, "target_memory": "1GB"},
     {"recipe": {"steps": [{"step": "expert_drop", "fraction_dropped": 0.5, "scope": "global"}]}, "profile": "custom"},
-    {"recipe": {"steps": [{"step": "block_drop", "blocks_dropped": 1}]}, "serving": {"context_tokens": 2**31, "batch_size": 2**20}},
+    {
+        "recipe": {"steps": [{"step": "block_drop", "blocks_dropped": 1}]},
+        "serving": {"context_tokens": 2**31, "batch_size": 2**20},
+    },
     {"recipe": {"steps": [{"step": "layer_drop", "layers_dropped": 1}]}},
     {"recipe": {"steps": [{"step": "prune", "pattern": "2:4"}]}, "profile": "custom", "serving": {"tensor_parallel": 4}},
     {"recipe": {"steps": [{"step": "expert_merge", "experts_kept": 4}]}, "target_memory": 10**5},

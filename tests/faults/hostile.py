@@ -190,7 +190,9 @@ def _config_text(random: Random, draft: Draft) -> None:
 
 def _length_field(random: Random, draft: Draft) -> None:
     claim = random.choice((0, 1, 2, 7, 2**63, 2**64 - 1, 10**8, 10**8 + 1, 2**31, -1, -2))
-    draft.length = random.choice((lambda _: claim, lambda length: length + 1, lambda length: length - 1, lambda length: length * 2))
+    draft.length = random.choice(
+        (lambda _: claim, lambda length: length + 1, lambda length: length - 1, lambda length: length * 2)
+    )
 
 
 def _header_text(random: Random, draft: Draft) -> None:
@@ -214,7 +216,9 @@ def _entry(random: Random, draft: Draft) -> None:
     entry = dict(header[name]) if isinstance(header[name], dict) else {}
     part = random.choice(("dtype", "shape", "data_offsets", "shape", "data_offsets", "whole"))
     sizes = [random.choice((*NUMBERS, 64)) for _ in range(random.choice((0, 1, 2, 2, 2, 3, 17, 1000)))]
-    entry[part] = random.choice((*VALUES, *DTYPE_BITS)) if part == "dtype" else random.choice((sizes, sizes, random.choice(VALUES)))
+    entry[part] = (
+        random.choice((*VALUES, *DTYPE_BITS)) if part == "dtype" else random.choice((sizes, sizes, random.choice(VALUES)))
+    )
     draft.entries[name] = entry["whole"] if part == "whole" else entry
 
 
@@ -280,7 +284,9 @@ def _folder(random: Random, draft: Draft) -> None:
 
 def _many(random: Random, draft: Draft) -> None:
     """Tensors without number: as many as the limits let through, and more."""
-    stem = random.choice(("x{}", "model.layers.0.x{}", "model.layers.{}.x", "model.layers.0.mlp.experts.{}.gate_proj.weight", "mtp.{}"))
+    stem = random.choice(
+        ("x{}", "model.layers.0.x{}", "model.layers.{}.x", "model.layers.0.mlp.experts.{}.gate_proj.weight", "mtp.{}")
+    )
     count = random.choice((20_000, 20_000, 60_000, 250_000, 400_000))
     draft.tensors |= {stem.format(number): ("BF16", (1,)) for number in range(count)}
 

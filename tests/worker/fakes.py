@@ -33,7 +33,8 @@ class FakeReport:
         self._data = {"folder": fence_folder, "blocks": blocks, "revision": request.revision}
 
     def result(self) -> dict[str, Any]:
-        return {"bytes_before": 100, "bytes_after": 25, "ratio": 4.0, "verified": True}
+        unknown = dict.fromkeys(("retention", "perplexity_before", "perplexity_after", "divergence"))
+        return {"bytes_before": 100, "bytes_after": 25, "ratio": 4.0, "verified": True, **unknown}
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         assert mode == "json"

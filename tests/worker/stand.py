@@ -96,6 +96,11 @@ class Stand:
 
     # What a test sees.
 
+    def jobs(self) -> Sequence[Job]:
+        """Every row as it is now, oldest first."""
+        with self._read() as session:
+            return session.scalars(select(Job).order_by(Job.id)).all()
+
     def job(self, job_id: str) -> Job:
         """The row as it is now."""
         with self._read() as session:
