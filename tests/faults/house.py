@@ -121,7 +121,7 @@ class House:
             self.kill(chance.choice([*names, "api"]))
             time.sleep(0.05)
 
-    def keys(self) -> list[str]:
+    def stored(self) -> list[str]:
         """Return every key in the bucket."""
         pages = self.parts.s3.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket.name)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
