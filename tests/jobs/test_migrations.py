@@ -56,8 +56,8 @@ def test_down_and_up_again_with_rows_present_leaves_empty_tables(rows: Rows):
 JOB_OF_OLD = (
     "INSERT INTO jobs (id, owner, model, status, progress, fraction, noted_fraction, request, resolved, labels, spec_hash,"
     " attempt, max_attempts, fence, max_runtime_s, max_queue_s, created_at, queued_at, last_seq, version)"
-    " VALUES ('job_1', 'ann', 'm/m', 'queued', '{}', 0, 0, '{}', '{}', '{}', '0', 2, 3, 1, 1, 1,"
-    " '2026-11-01 00:00:00', '2026-11-02 00:00:00', 1, 1)"
+    " VALUES ('job_1', 'ann', 'm/m', 'queued', '{}', 0, 0, '{}', '{}', '{}', '0', 2, 3, 1, 1, 1, "
+    "'2026-11-01 00:00:00', '2026-11-02 00:00:00', 1, 1)"
 )
 """A job of the first revision that failed once and waits for its next attempt."""
 
