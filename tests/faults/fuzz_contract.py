@@ -80,13 +80,11 @@ def fuzz(client: TestClient, world: World, cases: int, number: int, note: Callab
     return answers
 
 
-def _fuzz_operation(  # noqa: PLR0913
+def _fuzz_operation(
     client: TestClient, world: World, operation: Any, mode: GenerationMode, cases: int, number: int, answers: Answers, note: Any
 ) -> None:
     @seed(number)
-    @settings(
-        max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode), data=st.data())
     def one(case: Any, data: st.DataObject) -> None:
         _lead_somewhere(case, world, data)
@@ -122,7 +120,9 @@ def _fault(client: TestClient, case: Any, answers: Answers) -> str:
         sent = case.as_transport_kwargs(base_url=str(client.base_url))
     except Exception:  # a request that cannot be written down is none
         return ""
-    sent = {name: value for name, value in sent.items() if name in ("method", "url", "headers", "params", "json", "data", "cookies")}
+    sent = {
+        name: value for name, value in sent.items() if name in ("method", "url", "headers", "params", "json", "data", "cookies")
+    }
     try:
         request = client.build_request(**_for_httpx(sent))
     except (ValueError, TypeError, UnicodeError):

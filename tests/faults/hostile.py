@@ -29,12 +29,14 @@ NUMBERS: list[Any] = [
     float("inf"), True, False,
 ]  # fmt: skip
 VALUES: list[Any] = [
-    *NUMBERS, None, "", "8", "..", "a" * 5000, "\ud800", "\0", [], {}, [[]], [None], [8], [8] * 4, [8, "x", None, 4], ["dense"] * 4,
+    *NUMBERS, None, "", "8", "..", "a" * 5000,
+    "\ud800", "\0", [], {}, [[]], [None], [8], [8] * 4, [8, "x", None, 4], ["dense"] * 4,
     ["sparse"] * 3, ["sparse"] * 4, {"a": 1}, {"text_config": {}}, [2**70] * 4, [float("nan")] * 4, ["\ud800"] * 4, [True] * 4,
 ]  # fmt: skip
 KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts",
-    "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_topk", "moe_k", "n_group", "topk_group", "num_expert_group",
+    "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_topk", "moe_k", "n_group", "topk_group",
+    "num_expert_group",
     "first_k_dense_replace", "moe_layer_start_index", "num_dense_layers", "mlp_only_layers", "decoder_sparse_step",
     "mlp_layer_types", "layer_types", "sliding_window", "use_sliding_window", "tie_word_embeddings", "expert_layer_period",
     "expert_layer_offset", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "dtype", "torch_dtype",
@@ -42,7 +44,8 @@ KEYS = (
     "model_type", "kv_lora_rank", "rope_scaling", "shared_expert_intermediate_size", "num_shared_expert",
 )  # fmt: skip
 PLACES = [
-    "../x.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "x\\y.safetensors", "a/b.safetensors", "\0.safetensors",
+    "../x.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "x\\y.safetensors", "a/b.safetensors",
+    "\0.safetensors",
     "MODEL.SAFETENSORS", "gone.safetensors", "model.bin", "x" * 300 + ".safetensors", "\u202e.safetensors", "\ud800.safetensors",
     CONFIG, INDEX, 7, None, [], {},
 ]  # fmt: skip
@@ -50,7 +53,8 @@ NAMES = [
     "..", "/etc/passwd", "a\0b", "\ud800", "", "x" * 2**20, "model.layers.999999999999999999.mlp.gate.weight",
     "model.layers." + "9" * 400 + ".mlp.gate.weight", "model.layers.-1.mlp.gate.weight", "model.layers.\u0663.mlp.gate.weight",
     "model.layers.00.mlp.gate.weight", "model.layers.0.mlp.experts.\u0661.gate_proj.weight", "model.layers.0.", "model.layers.0",
-    "model.layers.0.mlp.experts.77777777777777777777.gate_proj.weight", "lm_head.weight.weight", "\u202e", "mtp.0.x", "__metadata__",
+    "model.layers.0.mlp.experts.77777777777777777777.gate_proj.weight", "lm_head.weight.weight", "\u202e", "mtp.0.x",
+    "__metadata__",
     "model.layers.0.self_attn.q_proj.weight_packed", "model.layers.0.self_attn.q_proj.weight_scale_inv", "model.layers.4.x",
 ]  # fmt: skip
 
@@ -190,7 +194,9 @@ def _config_text(random: Random, draft: Draft) -> None:
 
 def _length_field(random: Random, draft: Draft) -> None:
     claim = random.choice((0, 1, 2, 7, 2**63, 2**64 - 1, 10**8, 10**8 + 1, 2**31, -1, -2))
-    draft.length = random.choice((lambda _: claim, lambda length: length + 1, lambda length: length - 1, lambda length: length * 2))
+    draft.length = random.choice(
+        (lambda _: claim, lambda length: length + 1, lambda length: length - 1, lambda length: length * 2)
+    )
 
 
 def _header_text(random: Random, draft: Draft) -> None:
@@ -214,7 +220,9 @@ def _entry(random: Random, draft: Draft) -> None:
     entry = dict(header[name]) if isinstance(header[name], dict) else {}
     part = random.choice(("dtype", "shape", "data_offsets", "shape", "data_offsets", "whole"))
     sizes = [random.choice((*NUMBERS, 64)) for _ in range(random.choice((0, 1, 2, 2, 2, 3, 17, 1000)))]
-    entry[part] = random.choice((*VALUES, *DTYPE_BITS)) if part == "dtype" else random.choice((sizes, sizes, random.choice(VALUES)))
+    entry[part] = (
+        random.choice((*VALUES, *DTYPE_BITS)) if part == "dtype" else random.choice((sizes, sizes, random.choice(VALUES)))
+    )
     draft.entries[name] = entry["whole"] if part == "whole" else entry
 
 
@@ -280,7 +288,9 @@ def _folder(random: Random, draft: Draft) -> None:
 
 def _many(random: Random, draft: Draft) -> None:
     """Tensors without number: as many as the limits let through, and more."""
-    stem = random.choice(("x{}", "model.layers.0.x{}", "model.layers.{}.x", "model.layers.0.mlp.experts.{}.gate_proj.weight", "mtp.{}"))
+    stem = random.choice(
+        ("x{}", "model.layers.0.x{}", "model.layers.{}.x", "model.layers.0.mlp.experts.{}.gate_proj.weight", "mtp.{}")
+    )
     count = random.choice((20_000, 20_000, 60_000, 250_000, 400_000))
     draft.tensors |= {stem.format(number): ("BF16", (1,)) for number in range(count)}
 
