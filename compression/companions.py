@@ -29,5 +29,5 @@ def check_token_ids(ids: Tensor, vocabulary: int) -> None:
     """Refuse a tokenizer that makes tokens which the model has no embedding for."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise BrokenCheckpoint(
-            f"the tokenizer makes token {int(ids.max())}, and the model has embeddings for {vocabulary}; they do not belong together"
+            f"the tokenizer makes token {int(ids.max())}, and the model has embeddings for {vocabulary}: they do not match"
         )

@@ -27,6 +27,7 @@ class SlimtrimError(Exception):
     retryable: bool = False
 
     def __init__(self, message: str, **details: Any) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # half a letter of a stranger's could not be sent
         super().__init__(message)
         self.message = message
         self.details = details

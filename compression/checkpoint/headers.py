@@ -363,7 +363,7 @@ def _read_exactly(files: CheckpointFiles, name: str, start: int, length: int) ->
 
 
 def _checked_marks(raw: bytes, name: str, limit: int) -> int:
-    """Count brackets and commas: an empty list is two bytes on disk and a hundred in memory, so they bound what parsing can take."""
+    """Count brackets and commas: an empty list is two bytes on disk and a hundred in memory, so they bound what parsing takes."""
     marks = sum(raw.count(mark) for mark in (b"{", b"[", b","))
     if marks > limit:
         raise BrokenCheckpoint(f"{name} holds {marks} brackets and commas; at most {limit} more are parsed")
@@ -371,7 +371,7 @@ def _checked_marks(raw: bytes, name: str, limit: int) -> int:
 
 
 def _parse_object(raw: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in a file whose marks were counted; a repeated key is refused, since readers differ in which counts."""
+    """Return the JSON object in a file whose marks were counted; a repeated key is refused: readers differ in which counts."""
     if len(raw) > _MAX_NOT_ASCII and not raw.isascii():
         raise BrokenCheckpoint(f"{name} is {len(raw)} bytes long; beyond {_MAX_NOT_ASCII} only plain ASCII is parsed")
     try:

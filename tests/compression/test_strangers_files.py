@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from compression.checkpoint.headers import FolderFiles
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.writer import Writer
-from compression.errors import BrokenCheckpoint, SlimtrimError, SourceNotAllowed, ValidationFailed
+from compression.errors import BrokenCheckpoint, SourceNotAllowed, ValidationFailed
 from compression.pipeline import compress
 from compression.request import Compression
 from compression.text import documents
@@ -99,12 +100,10 @@ def test_code_beside_a_stock_model_is_neither_imported_nor_copied(model: Path, t
 
 def test_a_companion_that_became_a_link_out_of_the_folder_is_not_copied_into_the_artifact(model: Path, tmp_path: Path):
     (tmp_path / "secret.json").write_text('"secret"')
-    writer = (
-        Writer(tmp_path / "out", json.loads((model / "config.json").read_text())) if (tmp_path / "out").mkdir() is None else None
-    )
+    (tmp_path / "out").mkdir()
+    writer = Writer(tmp_path / "out", json.loads((model / "config.json").read_text()))
     (model / "notes.json").symlink_to(tmp_path / "secret.json")
 
-    assert writer is not None
     with pytest.raises(SourceNotAllowed, match=r"notes\.json"):
         writer.finish(model)
 
@@ -141,8 +140,6 @@ def test_a_folder_that_becomes_a_link_while_a_file_is_opened_leads_nowhere(tmp_p
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_line_of_json_is_never_held_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    import gzip
-
     monkeypatch.setattr(documents, "_LONGEST_LINE", 10**6)
     good, long = b'{"text": "good"}\n', b'{"text": "' + b"x" * 10**8 + b'"}\n'
     (tmp_path / name).write_bytes(gzip.compress(good + long, 1) if name.endswith("gz") else good + long)
@@ -183,8 +180,8 @@ def dangers_in(source: str) -> list[str]:
     found = [call for call in _calls(tree) if call in bad or call.split(".")[0] in FORBIDDEN]
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "weights_only", "shell"):
-            if not (isinstance(node.value, ast.Constant) and node.value.value == (node.arg == "weights_only")):
-                found.append(ast.unparse(node))
+            harmless = isinstance(node.value, ast.Constant) and node.value.value == (node.arg == "weights_only")
+            found += [] if harmless else [ast.unparse(node)]
     return found
 
 
@@ -204,17 +201,12 @@ def test_such_a_line_would_be_noticed(line: str):
     assert dangers_in(line)
 
 
-@pytest.mark.parametrize("name", ["x.bin", "tokenizer.pkl", "optimizer.pt", "training_args.bin", "scheduler.ckpt"])
-def test_a_pickle_beside_the_model_is_never_opened(model: Path, tmp_path: Path, name: str):
-    ran = tmp_path / "unpickled"
-    payload = b"cposix\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR."
-    (model / name).write_bytes(payload)
+def test_pickles_beside_the_model_are_neither_opened_nor_copied(model: Path, tmp_path: Path):
+    ran, names = tmp_path / "unpickled", ("x.bin", "tokenizer.pkl", "optimizer.pt", "tokenizer.pth", "scheduler.ckpt", "x.npy")
+    for name in names:
+        (model / name).write_bytes(b"cposix\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
 
-    writer_out = tmp_path / "out"
-    try:
-        run(model, writer_out)
-    except SlimtrimError as refusal:
-        pytest.fail(f"refused for a file that is ignored: {refusal.message}")
+    run(model, tmp_path / "out")
 
     assert not ran.exists()
-    assert not (writer_out / name).exists()
+    assert not [name for name in names if (tmp_path / "out" / name).exists()]

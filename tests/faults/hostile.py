@@ -29,12 +29,14 @@ NUMBERS: list[Any] = [
     float("inf"), True, False,
 ]  # fmt: skip
 VALUES: list[Any] = [
-    *NUMBERS, None, "", "8", "..", "a" * 5000, "\ud800", "\0", [], {}, [[]], [None], [8], [8] * 4, [8, "x", None, 4], ["dense"] * 4,
+    *NUMBERS, None, "", "8", "..", "a" * 5000,
+    "\ud800", "\0", [], {}, [[]], [None], [8], [8] * 4, [8, "x", None, 4], ["dense"] * 4,
     ["sparse"] * 3, ["sparse"] * 4, {"a": 1}, {"text_config": {}}, [2**70] * 4, [float("nan")] * 4, ["\ud800"] * 4, [True] * 4,
 ]  # fmt: skip
 KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts",
-    "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_topk", "moe_k", "n_group", "topk_group", "num_expert_group",
+    "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_topk", "moe_k", "n_group", "topk_group",
+    "num_expert_group",
     "first_k_dense_replace", "moe_layer_start_index", "num_dense_layers", "mlp_only_layers", "decoder_sparse_step",
     "mlp_layer_types", "layer_types", "sliding_window", "use_sliding_window", "tie_word_embeddings", "expert_layer_period",
     "expert_layer_offset", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "dtype", "torch_dtype",
@@ -42,7 +44,8 @@ KEYS = (
     "model_type", "kv_lora_rank", "rope_scaling", "shared_expert_intermediate_size", "num_shared_expert",
 )  # fmt: skip
 PLACES = [
-    "../x.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "x\\y.safetensors", "a/b.safetensors", "\0.safetensors",
+    "../x.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "x\\y.safetensors", "a/b.safetensors",
+    "\0.safetensors",
     "MODEL.SAFETENSORS", "gone.safetensors", "model.bin", "x" * 300 + ".safetensors", "\u202e.safetensors", "\ud800.safetensors",
     CONFIG, INDEX, 7, None, [], {},
 ]  # fmt: skip
@@ -50,7 +53,8 @@ NAMES = [
     "..", "/etc/passwd", "a\0b", "\ud800", "", "x" * 2**20, "model.layers.999999999999999999.mlp.gate.weight",
     "model.layers." + "9" * 400 + ".mlp.gate.weight", "model.layers.-1.mlp.gate.weight", "model.layers.\u0663.mlp.gate.weight",
     "model.layers.00.mlp.gate.weight", "model.layers.0.mlp.experts.\u0661.gate_proj.weight", "model.layers.0.", "model.layers.0",
-    "model.layers.0.mlp.experts.77777777777777777777.gate_proj.weight", "lm_head.weight.weight", "\u202e", "mtp.0.x", "__metadata__",
+    "model.layers.0.mlp.experts.77777777777777777777.gate_proj.weight", "lm_head.weight.weight", "\u202e", "mtp.0.x",
+    "__metadata__",
     "model.layers.0.self_attn.q_proj.weight_packed", "model.layers.0.self_attn.q_proj.weight_scale_inv", "model.layers.4.x",
 ]  # fmt: skip
 

@@ -20,7 +20,8 @@ def made(model_type: str) -> tuple[Config, Tensors]:
     row = ARCHITECTURES[model_type]
     settings = _settings(row)
     tensors: dict[str, tuple[int, ...]] = {
-        f"{row.embedding}.weight": (VOCABULARY, HIDDEN), f"{row.norm}.weight": (HIDDEN,), f"{row.head}.weight": (VOCABULARY, HIDDEN),
+        f"{row.embedding}.weight": (VOCABULARY, HIDDEN), f"{row.norm}.weight": (HIDDEN,),
+        f"{row.head}.weight": (VOCABULARY, HIDDEN),
     }  # fmt: skip
     for block, mixture in enumerate(expected_mixtures(row, settings, BLOCKS)):
         places = _attention(row) | (_mixture(row) if mixture else _matrices(_dense_place(row), row))

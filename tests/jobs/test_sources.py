@@ -201,7 +201,7 @@ def test_a_model_made_of_links_is_fetched_as_plain_files(
     assert (fetched / "model.safetensors").read_bytes() == (blobs / "model.safetensors").read_bytes()
 
 
-def refuse_links(*_: Any) -> None:
+def refuse_links(*_names: Any, **_how: Any) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
@@ -213,6 +213,22 @@ def test_a_file_that_is_a_link_out_of_the_root_is_refused(settings: Settings, tm
 
     with pytest.raises(SourceNotAllowed):
         fetch(f"file://{folder}", None, tmp_path / "x", settings)
+
+
+def test_what_became_a_link_out_of_the_root_between_plan_and_fetch_is_not_fetched(
+    settings: Settings, tmp_path: Path, outside: Path
+):
+    model = write_mixtral(tmp_path / "models/turned")
+    read_checkpoint_of(f"file://{model}", None, settings)
+    (model / "notes.json").symlink_to(outside / "config.json")
+    with pytest.raises(SourceNotAllowed, match=r"notes\.json"):
+        fetch(f"file://{model}", None, tmp_path / "x", settings)
+
+    model.rename(tmp_path / "models/before")
+    model.symlink_to(outside)
+    with pytest.raises(SourceNotAllowed):
+        fetch(f"file://{model}", None, tmp_path / "x", settings)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_missing_folder_below_a_root_is_not_found(settings: Settings, tmp_path: Path):
