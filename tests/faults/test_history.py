@@ -57,7 +57,14 @@ def test_a_bucket_that_refuses_a_third_of_all_requests_costs_time_alone(tmp_path
     with a_bad_proxy(int(parts.s3.endpoint.rpartition(":")[2]), http=True) as proxy:
         proxy.faults = Faults(refuse=1 / 3)
         with a_house(tmp_path, parts, s3_endpoint=proxy.url, WEBHOOK_HOSTS=f"127.0.0.1:{receiver.port}") as house:
-            outcome = trial(house, [[a_body(house, receiver)], [a_body(house, receiver, number=1)]], [], seed=SEED, gap_s=(0, 0))
+            outcome = trial(
+                house,
+                [[a_body(house, receiver)], [a_body(house, receiver, number=1)]],
+                [],
+                seed=SEED,
+                gap_s=(0, 0),
+                told=receiver.told,
+            )
 
         assert outcome.statuses == {"succeeded": 2}
         assert proxy.refused > 0
