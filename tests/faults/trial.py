@@ -86,13 +86,17 @@ def settled(house: House, told: Sequence[dict[str, Any]], known: set[str]) -> Wo
     stand.wait(lambda: wanted <= {(body["data"]["job_id"], body["type"]) for body in list(told)}, "every webhook", 120.0)
     stand.wait(lambda: not any(stand.child_of(member) for member in house.members.values()), "the last child's end")
     _clean(stand.settings)
+    # A study serves later jobs on the same model; blocks have no business here any more.
+    studies = {
+        f"things/{file['key']}" for part in stand.parts() if part.fingerprint.startswith("study-") for file in part.files["files"]
+    }
     manifests = {job.id: _manifest(house, job) for job in jobs if job.artifact_prefix is not None}
     return World(
         jobs=jobs,
         events={job.id: stand.events(job.id) for job in jobs},
         attempts={job.id: stand.attempts(job.id) for job in jobs},
         manifests=manifests,
-        keys=[key for key in house.stored() if not any(job.id in key for job in before)],
+        keys=[key for key in house.stored() if not any(job.id in key for job in before) and key not in studies],
         read=house.read,
         orphan_uploads=house.orphan_uploads(),
         told=list(told),

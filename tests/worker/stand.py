@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from jobs.database import UnitOfWork, make_engine, migrate, reader_maker, session_maker, unit_of_work
 from jobs.queue import Announcer
 from jobs.settings import Settings
-from jobs.tables import Job, JobAttempt, JobEvent
+from jobs.tables import Job, JobAttempt, JobBlock, JobEvent
 from jobs.tether import with_our_modules
 
 FAKE = "tests.worker.fakes:compress"
@@ -94,12 +94,22 @@ class Stand:
         with self.work() as work:
             return act(work)
 
+    def change(self, job_id: str, **columns: Any) -> None:
+        """Change a row by force."""
+        with self._write() as session, session.begin():
+            session.execute(update(Job).where(Job.id == job_id).values(**columns))
+
     # What a test sees.
 
     def jobs(self) -> Sequence[Job]:
         """Every row as it is now, oldest first."""
         with self._read() as session:
             return session.scalars(select(Job).order_by(Job.id)).all()
+
+    def parts(self) -> Sequence[JobBlock]:
+        """The rows of all finished parts, studies among them."""
+        with self._read() as session:
+            return session.scalars(select(JobBlock)).all()
 
     def job(self, job_id: str) -> Job:
         """The row as it is now."""

@@ -1,0 +1,134 @@
+"""What an attempt finished, the next one takes: after a kill, a stop, a cancel; and it goes when nobody needs it any more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.status import JobStatus
+from tests.worker.stand import OWNER, Stand, a_stand
+from worker.maintenance import Maintenance
+
+PLAN = {"blocks": 8, "block_s": 0.4, "keeps": True}
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def keeping(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand whose store is a folder or a bucket."""
+    settings: dict[str, str] = {}
+    if request.param == "bucket":
+        bucket = request.getfixturevalue("s3").fresh_bucket()
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        settings = {"STORAGE_URL": f"s3://{bucket.name}/things", "S3_ENDPOINT_URL": bucket.endpoint}
+    with a_stand(tmp_path, **settings) as stand:
+        yield stand
+
+
+def kept(stand: Stand, job_id: str) -> int:
+    """How many of the job's blocks have a row."""
+    job = stand.job(job_id)
+    if job.fingerprint is None:
+        return 0
+    return len(stand.do(lambda work: work.blocks.find(OWNER, job.fingerprint or "")))
+
+
+def resumed(stand: Stand, job_id: str) -> int:
+    """How many finished blocks the job's attempts took."""
+    return sum(event.data["blocks"] for event in stand.events(job_id, "job.resumed"))
+
+
+def clean(stand: Stand) -> list[str]:
+    """Do what maintenance does every minute, and return what is left of blocks in the store."""
+    maintenance = Maintenance(stand.settings)
+    maintenance.clean()
+    maintenance.engine.dispose()
+    return maintenance._storage.list("blocks")  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_killed_workers_blocks_are_taken_by_the_next_one_and_go_with_success(keeping: Stand):
+    stand = keeping
+    stand.start("worker.maintenance")
+    worker = stand.start_worker("first")
+    job_id = stand.post(**PLAN)
+    stand.wait(lambda: kept(stand, job_id) >= 2, "two durable blocks")
+
+    worker.kill()
+    worker.wait()
+    finished = kept(stand, job_id)
+    stand.start_worker("second")
+    job = stand.wait_over(job_id)
+
+    assert job.status == JobStatus.SUCCEEDED
+    assert finished <= resumed(stand, job_id) < PLAN["blocks"]
+    assert job.fruitless == 0  # the lost attempt had made blocks durable, so it does not count
+    assert {file["path"] for file in stand.do(lambda work: work.jobs.manifest(OWNER, job_id))["files"]} >= {"block-8.bin"}
+    assert clean(stand) == []
+    assert stand.do(lambda work: work.blocks.find(OWNER, job.fingerprint or "")) == {}
+
+
+def test_a_stopped_worker_leaves_the_block_in_hand_behind(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        worker = stand.start_worker("first")
+        job_id = stand.post(**PLAN)
+        stand.wait_for_block(job_id)
+
+        worker.terminate()
+        assert worker.wait(30) == 0
+        done = max(event.data["block"] or 0 for event in stand.events(job_id, "job.progress"))
+        finished = kept(stand, job_id)
+        stand.start_worker("second")
+
+        assert finished >= done > 0
+        assert stand.wait_over(job_id).status == JobStatus.SUCCEEDED
+        assert resumed(stand, job_id) == finished
+        assert stand.job(job_id).attempt == 1  # being told to stop is nobody's failure
+
+
+def test_a_retry_goes_on_from_a_cancelled_jobs_blocks_though_the_job_is_deleted(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        stand.start_worker()
+        job_id = stand.post(**PLAN)
+        stand.wait(lambda: kept(stand, job_id) >= 1, "a durable block")
+        stand.do(lambda work: work.jobs.request_cancel(OWNER, job_id))
+        assert stand.wait_over(job_id).status == JobStatus.CANCELLED
+        assert stand.stored(job_id) == []
+
+        again = stand.do(lambda work: work.jobs.add(work.jobs.again(OWNER, job_id))).job
+        stand.do(lambda work: work.jobs.delete(OWNER, job_id))
+        clean(stand)
+        stand.announcer.announce(again.id, again.memory_class)
+
+        assert stand.wait_over(again.id).status == JobStatus.SUCCEEDED
+        assert resumed(stand, again.id) >= 1
+        assert stand.job(again.id).retry_of == job_id
+
+
+def test_a_job_that_changed_between_attempts_starts_over_and_says_so(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        worker = stand.start_worker("first")
+        job_id = stand.post(**PLAN)
+        stand.wait(lambda: kept(stand, job_id) >= 1, "a durable block")
+        worker.terminate()
+        worker.wait(30)
+        request = stand.job(job_id).request
+        request["calibration"]["source"]["inline"] = [json.dumps({**PLAN, "block_s": 0.01})]
+        stand.change(job_id, request=request)
+
+        stand.start_worker("second")
+
+        assert stand.wait_over(job_id).status == JobStatus.SUCCEEDED
+        assert resumed(stand, job_id) == 0
+        assert "started_over" in [event.data["code"] for event in stand.events(job_id, "job.warning")]
+
+
+def test_files_of_an_attempt_that_died_before_its_row_was_written_are_removed(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        job_id = stand.post(announce=False)
+        place = stand.settings.objects_folder / f"blocks/{OWNER}/{'f' * 64}/{job_id}/a1/block-00000/shard"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(b"half a thought")
+
+        assert clean(stand) == []
