@@ -153,3 +153,14 @@ def test_the_readmes_job_is_a_request_that_the_service_understands():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=name_of)
 def test_the_recipes_that_come_along_are_legal(recipe: Path):
     assert read_request(recipe, ROOT).recipe != "auto"
+
+
+def test_every_promise_names_tests_that_exist():
+    page = (DOCS / "promises.md").read_text()
+    rows = re.findall(r"^\| (P\d+) \|.*\|(.*)\|$", page, re.MULTILINE)
+
+    assert [name for name, _ in rows] == [f"P{number}" for number in range(1, 12)]
+    for name, proofs in rows:
+        files = re.findall(r"`(tests/[^`]+)`", proofs)
+        assert files, name
+        assert [file for file in files if not (ROOT / file).is_file()] == []
