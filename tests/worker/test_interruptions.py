@@ -133,8 +133,7 @@ def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path
         child = stand.child_of(sleeper)
         assert child is not None
         asleep = [sleeper.pid, child.pid] if sleepers == "worker and child" else [sleeper.pid]
-        for pid in asleep:
-            os.kill(pid, signal.SIGSTOP)
+        stand.wait(lambda: _fall_asleep(stand, asleep), "a moment to fall asleep in")
 
         stand.wait(lambda: stand.job(job_id).status == JobStatus.QUEUED, "the end of the lease")
         if sleepers == "worker alone":
@@ -155,6 +154,17 @@ def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path
         assert len(stand.events(job_id, "job.succeeded")) == 1
         assert sleeper.poll() is None
         assert stand.wait_over(stand.post()).status == JobStatus.SUCCEEDED
+
+
+def _fall_asleep(stand: Stand, pids: list[int]) -> bool:
+    """Stop the processes, but not amid a write: on SQLite that would stop every other writer as well."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    if stand.can_write():
+        return True
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    return False
 
 
 def test_a_job_cancelled_while_its_worker_is_dead_is_cancelled_when_the_lease_ends(tmp_path: Path):
