@@ -60,6 +60,7 @@ def _sqlite_now(element: DatabaseNow, compiler: SQLCompiler, **options: Any) -> 
 
 @compiles(DatabaseNow, "postgresql")
 def _postgresql_now(element: DatabaseNow, compiler: SQLCompiler, **options: Any) -> str:
-    # clock_timestamp, not now(): now() stands still for the length of a transaction.
+    # Not now(), which stands still for the length of a transaction; not clock_timestamp(), with which no index can be
+    # searched. Where a statement had to wait for a lock its time is too early: a lease ends sooner, and is ended later.
     offset = compiler.process(element.clauses, **options)
-    return f"(clock_timestamp() + make_interval(secs => {offset}))"
+    return f"(statement_timestamp() + make_interval(secs => {offset}))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -126,9 +127,11 @@ def test_a_restart_finds_its_jobs_and_clears_old_messages(house: Stand):
 
     supervisor = house.start("jobs.serve")
     house.wait(lambda: "slimtrim is ready" in house.logs(), "the ready line")
-    house.wait(lambda: house.unheard() >= 1, "the job announced again")
+    house.wait(lambda: house.unheard() > 0, "the job announced again")
+    # Nobody listens, so it may have been repeated by now; of the old message nothing is left.
+    messages = [json.loads(path.read_text()) for path in house.settings.queue_folder.glob("[!.]*.msg")]
+    assert {json.loads(base64.b64decode(message["body"]))[0][0] for message in messages} == {job_id}
 
-    assert "job_of_yesterday" not in "".join(path.read_text() for path in house.settings.queue_folder.glob("*.msg"))
     assert house.job(job_id).status == "queued"
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(60) == 0
