@@ -29,8 +29,9 @@ from worker.room import Room
 
 Line = dict[str, Any]
 Reply = Callable[[Line], None]
-_SETTLE_S = 20.0
-"""Seconds that what is finished has to be stored once the attempt has ended early."""
+_SETTLE_S: dict[Interruption | None, float] = {Interruption.LOST: 0.0, Interruption.CANCEL: 2.0, Interruption.DRAIN: 8.0}
+_SETTLE_ELSE_S = 20.0
+"""Seconds that what is finished has to be stored once the attempt has ended early, by why it did."""
 _RETRY_S = 2.0
 _BLOCK = "block-"
 
@@ -58,7 +59,7 @@ class BlockKeeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._waiting.put(None)
-        self._thread.join(0.0 if self._leash.reason is Interruption.LOST else _SETTLE_S)
+        self._thread.join(_SETTLE_S.get(self._leash.reason, _SETTLE_ELSE_S))
         self._abandoned.set()
 
     def take(self, line: Line, reply: Reply) -> bool:
