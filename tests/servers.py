@@ -26,6 +26,8 @@ import psycopg
 import pytest
 import redis
 
+from jobs.tether import tethered, with_our_modules
+
 REQUIRED = os.environ.get("SLIMTRIM_TEST_SERVERS") == "required"
 _UP_S = 60.0
 _DOWN_S = 15.0
@@ -49,9 +51,11 @@ class Server:
     def start(self) -> None:
         """Start it and wait until it answers."""
         with (self.folder / "server.log").open("ab") as log:
+            # Where another user runs it, the kernel would forget whose end is to be its own.
+            command = self.command if self.user is not None else tethered(self.command)
             self.process = subprocess.Popen(
-                self.command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, user=self.user,
-                env={**os.environ, **self.environment}, start_new_session=True,
+                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, user=self.user,
+                env=with_our_modules({**os.environ, **self.environment}), start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + _UP_S
         while not self.is_up():
