@@ -112,7 +112,8 @@ class Settings(BaseSettings):
     )
     worker_classes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_known_classes)] = Field(
         (),
-        description="Memory classes of the jobs that a worker takes, comma-separated. Default: what its device fits.",
+        description="Memory classes of the jobs that a worker takes, comma-separated. "
+        "Default: what its device fits; in the embedded service without a GPU all.",
     )
     job_memory_bytes: int = Field(0, ge=0, description="Bytes of main memory that a job's process may use; 0: any number.")
     blocks_kept_s: Seconds = Field(604_800.0, description="Seconds for which finished blocks of unfinished jobs are kept.")

@@ -56,7 +56,8 @@ class UpkeepRepository:
         query = select(Job.id).where(*of_class, Job.announced_at < now(-unclaimed_for_s), ready)
         oldest_call = query.order_by(Job.announced_at, Job.id).limit(limit)
         job_ids = self._session.scalars(oldest_call.with_for_update(skip_locked=True)).all()
-        self._session.execute(update(Job).where(Job.id.in_(job_ids)).values(announced_at=now()))
+        if job_ids:
+            self._session.execute(update(Job).where(Job.id.in_(job_ids)).values(announced_at=now()))
         return job_ids
 
     def forget_keys(self) -> None:

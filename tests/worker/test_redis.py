@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import redis
 
-from jobs.queue import make_celery
+from jobs.queue import Announcer, make_celery
+from jobs.settings import Settings
 from jobs.status import JobStatus
 from tests.servers import Postgres, Redis, a_postgres, a_redis
 from tests.worker.stand import Stand, a_stand
@@ -56,6 +57,24 @@ def test_a_redis_that_is_killed_while_a_job_runs_costs_nothing(house: Stand, mor
 
     check_one_run(house, job_id)
     assert house.wait_over(house.post()).status == JobStatus.SUCCEEDED  # the same worker hears again
+
+
+def test_a_worker_that_cannot_acknowledge_asks_for_the_next_message_all_the_same(tmp_path: Path, mortal_redis: Redis):
+    settings = Settings(data_dir=tmp_path, broker_url=mortal_redis.fresh_url(), database_url="postgresql://h/d")
+    Announcer(settings).announce("job_1", "gpu.cpu")
+    with make_celery(settings).connection_for_read() as connection:
+        channel = connection.default_channel
+        channel.basic_qos(0, 1, False)  # as a worker: one message at a time
+        message = channel.basic_get("gpu.cpu", no_ack=False)
+        assert not channel.qos.can_consume()
+
+        mortal_redis.server.kill()
+        try:
+            with pytest.raises(channel.connection_errors):
+                channel.basic_ack(message.delivery_tag)
+            assert channel.qos.can_consume()
+        finally:
+            mortal_redis.server.start()
 
 
 def test_a_job_that_is_posted_while_redis_is_down_is_accepted_and_announced_later(house: Stand, mortal_redis: Redis):
