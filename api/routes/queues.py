@@ -19,7 +19,7 @@ from jobs.workers import Present
 router = APIRouter(tags=["queues"])
 
 
-@router.get("/v1/queues", response_model=QueueList, responses=problems(401, 403, 422))
+@router.get("/v1/queues", response_model=QueueList, responses=problems(401, 403, 422, 429))
 def list_queues(request: Request, caller: JobReader, work: Reader) -> Response:
     """Say per memory class how many jobs wait and run, all callers' together, who works on them, and how long it takes."""
     require_accept(request.headers, "application/json")
