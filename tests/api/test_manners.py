@@ -99,8 +99,8 @@ def test_a_crash_is_answered_without_its_cause(face: Face, monkeypatch: pytest.M
     def crash(*_: Any) -> None:
         raise RuntimeError("the secret is 42")
 
-    monkeypatch.setattr(api.routes.jobs, "job_view", crash)
     face.post_job()
+    monkeypatch.setattr(api.routes.jobs, "job_views", crash)
     answer = face.client.get("/v1/jobs", headers={"X-Request-Id": "the-crash"})
 
     assert (answer.status_code, answer.json()["code"], answer.json()["retryable"]) == (500, "internal", False)
@@ -119,8 +119,8 @@ def test_what_may_pass_is_unavailable_and_says_when_to_come_back(face: Face, mon
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(api.routes.jobs, "job_view", fail)
     face.post_job()
+    monkeypatch.setattr(api.routes.jobs, "job_views", fail)
     answer = face.client.get("/v1/jobs")
 
     assert (answer.status_code, answer.json()["code"], answer.json()["retryable"]) == (503, "unavailable", True)

@@ -136,9 +136,11 @@ def test_dequantized_by_hand_the_artifact_is_the_model_that_the_stock_loader_ope
 def test_an_artifact_that_is_not_as_big_as_planned_is_not_published(tiny_model_factory, tmp_path, monkeypatch):
     folder = tiny_model_factory("mixtral", dtype="bfloat16")
     original = Writer.block
-    monkeypatch.setattr(
-        Writer, "block", lambda self, i, saved: original(self, i, {**saved, "stray": torch.zeros(3)} if i == 3 else saved)
-    )
+
+    def with_a_stray(self, i, saved, on_shard):
+        original(self, i, {**saved, "stray": torch.zeros(3)} if i == 3 else saved, on_shard)
+
+    monkeypatch.setattr(Writer, "block", with_a_stray)
     monkeypatch.setattr("compression.block.Shell._load", lenient(Shell._load))
 
     with pytest.raises(VerificationFailed, match="where the plan promised"):

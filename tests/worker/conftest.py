@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.database import migrate
+from jobs.settings import Settings
 from tests.jobs.conftest import Rows
 from tests.servers import Postgres, Redis
 from tests.worker.stand import Stand, a_stand
@@ -32,6 +34,8 @@ def stand(tmp_path: Path) -> Iterator[Stand]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Iterator[Rows]:
-    rows = Rows(tmp_path / "data")
+    settings = Settings(data_dir=tmp_path / "data")
+    migrate(settings)
+    rows = Rows(settings)
     yield rows
     rows.engine.dispose()
