@@ -11,7 +11,7 @@ computed as the stock model computes it, and ends in the logits that the artifac
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Compressor:
     calibration: Stream | None
     """None where no method needs to know what enters a weight."""
     witness: Stream
-    finished: FinishedBlocks
+    finished: FinishedBlocks = field(default_factory=lambda: FinishedBlocks(None, "", {}))
     """Blocks that earlier attempts at the same artifact left, and where this one leaves its own."""
 
     def run(self, trimmed: TrimmedReader, on_block: OnBlock) -> list[LedgerRow]:

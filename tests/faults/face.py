@@ -23,7 +23,7 @@ def a_face(folder: Path) -> Generator[tuple[TestClient, World]]:
     settings = Settings(data_dir=folder / "data", model_roots=(folder / "models",))
     migrate(settings)
     announced: list[str] = []
-    app = create_app(settings, announced.append)
+    app = create_app(settings, lambda job_id, _: announced.append(job_id))
     with TestClient(app, base_url=LOOPBACK, raise_server_exceptions=False, follow_redirects=False) as client:
         face = Face(client, app.state.service, f"file://{model}", folder / "models", announced)
         yield client, World(face.model, {"job_id": _jobs(face, folder), "path": ("config.json", "a/b.safetensors", "../x")})

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from jobs.errors import SettingsRefused
 from jobs.key_commands import main
 from jobs.key_rows import require_keys
 from jobs.keys import SCOPES, ApiKey, digest, new_key
 from jobs.settings import Settings, load_settings
+from jobs.tables import ApiKeyRow
 from tests.jobs.conftest import Rows
 
 Capture = pytest.CaptureFixture[str]
@@ -21,6 +23,7 @@ Capture = pytest.CaptureFixture[str]
 def commands(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> Rows:
     """The rows on which the command line works."""
     monkeypatch.setenv("SLIMTRIM_DATA_DIR", str(rows.settings.data_dir))
+    monkeypatch.setenv("SLIMTRIM_DATABASE_URL", rows.engine.url.render_as_string(hide_password=False))
     return rows
 
 
@@ -48,12 +51,14 @@ def test_a_key_ends_with_its_days(rows: Rows):
     assert found(rows, over) is None
 
 
-def test_the_key_itself_is_in_no_file(rows: Rows):
+def test_the_key_itself_is_in_no_row_and_no_file(rows: Rows):
     key, _ = rows.do(lambda work: work.keys.create("ann"))
 
-    files = [path for path in rows.settings.data_dir.rglob("*") if path.is_file()]
-    assert files
-    assert all(key.encode() not in path.read_bytes() for path in files)
+    with rows.open_reader() as session:
+        kept = repr(session.execute(select(*ApiKeyRow.__table__.columns)).all())
+    assert digest(key) in kept
+    assert key not in kept
+    assert all(key.encode() not in path.read_bytes() for path in rows.settings.data_dir.rglob("*") if path.is_file())
 
 
 def test_the_commands_make_show_and_end_a_key(commands: Rows, capsys: Capture):

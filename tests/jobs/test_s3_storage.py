@@ -118,12 +118,25 @@ def test_an_upload_that_is_killed_shows_nothing_and_is_swept(
     process.wait()
     proxy.cut_all()
 
-    assert store.list() == []
+    # Nobody can read it, and whoever tidies up finds it.
+    with pytest.raises(ObjectNotFound):
+        store.open("artifacts/job_1/a1/a.safetensors")
+    assert store.list() == ["artifacts/job_1/a1/a.safetensors"]
     assert uploads(bucket) == [f"{bucket.prefix}/artifacts/job_1/a1/a.safetensors"]
     assert store.sweep_uploads(3600) == 0
     assert store.sweep_uploads(-60) == 1
     assert uploads(bucket) == []
-    assert store.sweep_uploads(-60) == 0
+    assert (store.sweep_uploads(-60), store.list()) == (0, [])
+
+
+def test_what_is_deleted_includes_uploads_that_never_ended(store: S3Storage, bucket: Bucket):
+    client = bucket.client()
+    for key in ("a/b/x", "a/b", "a/bc"):
+        client.create_multipart_upload(Bucket=bucket.name, Key=f"{bucket.prefix}/{key}")
+
+    store.delete("a/b/")
+
+    assert uploads(bucket) == [f"{bucket.prefix}/a/bc"]
 
 
 def test_only_uploads_below_our_prefix_are_swept(store: S3Storage, bucket: Bucket):
