@@ -18,6 +18,8 @@ def main() -> None:
     match options.kind:
         case "echo":
             channel.say_result(work=channel.work)
+        case "asks":
+            channel.say_result(answers=[channel.ask({"type": "question", "question": number}) for number in (7, 8)])
         case "exit":
             os._exit(3)
         case "quiet exit":

@@ -20,7 +20,7 @@ from worker import process
 from worker.faults import as_ours
 from worker.leash import Interrupted, Interruption, Leash
 from worker.memory import memory_of
-from worker.process import LeaseLapsed, run_child
+from worker.process import LeaseLapsed, OnEvent, run_child
 
 FOREVER = float(2**40)
 
@@ -28,7 +28,7 @@ FOREVER = float(2**40)
 def run(
     kind: str,
     leash: Leash | None = None,
-    on_event: Callable[[Any], None] = lambda _: None,
+    on_event: OnEvent = lambda _line, _reply: None,
     *,
     grace_s: float = 0.2,
     memory_limit: int = 0,
@@ -49,6 +49,16 @@ def is_gone(pid: int) -> bool:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True
     return False
+
+
+def test_a_child_that_asks_is_answered_from_another_thread_while_its_lease_is_renewed():
+    leash = Leash(FOREVER)
+
+    def answer_later(line: Any, reply: Callable[[Any], None]) -> None:
+        leash.extend(FOREVER)  # a line that is no answer comes first
+        threading.Thread(target=reply, args=({"found": line["question"] * 2},)).start()
+
+    assert run("asks", leash, answer_later)["answers"] == [{"found": 14}, {"found": 16}]
 
 
 def test_work_of_any_size_goes_in_and_the_result_comes_out():
@@ -96,7 +106,7 @@ def test_a_dead_child_is_noticed_though_a_grandchild_holds_its_pipe():
     seen = list[int]()
 
     with pytest.raises(WorkerLost, match="SIGABRT"):
-        run("dies before its grandchild", on_event=lambda line: seen.append(line["pid"]))
+        run("dies before its grandchild", on_event=lambda line, _: seen.append(line["pid"]))
 
     assert is_gone(seen[0])
 
@@ -113,7 +123,7 @@ def test_a_child_that_talks_without_end_is_still_interrupted(reason: Interruptio
     threading.Thread(target=lambda: (heard.wait(), leash.pull(reason))).start()
 
     with pytest.raises(Interrupted) as interrupted:
-        run("talks without end", leash, lambda _: heard.set())
+        run("talks without end", leash, lambda _line, _reply: heard.set())
 
     assert interrupted.value.reason is reason
 
