@@ -153,7 +153,7 @@ def test_another_address_needs_keys(house: Stand):
     assert house.start("jobs.serve").wait(60) == 2
 
     assert "SLIMTRIM_API_KEYS" in house.logs()
-    assert not list(house.folder.glob("data/serve.lock"))
+    assert "ready" not in house.logs()
 
 
 @pytest.mark.parametrize("module", ["jobs.serve", "worker", "worker.maintenance"])
