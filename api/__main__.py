@@ -13,6 +13,7 @@ from compression.errors import SlimtrimError
 from jobs.database import make_engine
 from jobs.key_rows import require_keys
 from jobs.logs import configure_logs
+from jobs.one_machine import refuse_divided_parts
 from jobs.settings import Settings, load_settings
 
 UNREAD_S = 60
@@ -34,6 +35,7 @@ def main() -> int:
     """Serve until told to stop; 2 when the settings forbid it."""
     try:
         settings = load_settings()
+        refuse_divided_parts(settings)
         _require_keys(settings)
     except SlimtrimError as refusal:
         sys.stderr.write(f"{refusal.message}\n")

@@ -100,8 +100,8 @@ class ResolvedView(StoredView):
     spec_hash: str
 
 
-class ResultView(StoredView):
-    """What came out, measured."""
+class Measured(View):
+    """What became of a model, in figures."""
 
     bytes_before: int
     bytes_after: int
@@ -110,6 +110,13 @@ class ResultView(StoredView):
     perplexity_before: float | None
     perplexity_after: float | None
     divergence: float | None
+
+
+class ResultView(Measured):
+    """What came out, measured."""
+
+    model_config = StoredView.model_config
+
     verified: bool
     manifest_sha256: str
 
@@ -215,7 +222,7 @@ class ReportLinks(View):
     artifact: str
 
 
-class ReportSummary(View):
+class ReportSummary(Measured):
     """What a finished job made of its model; its whole report is at ``links.report``."""
 
     id: Annotated[str, Field(description="The job's.")]
@@ -224,13 +231,6 @@ class ReportSummary(View):
     recipe: Annotated[Any, Field(description='"auto" or the steps, as in the request.')]
     profile: str
     target_memory: int | None
-    bytes_before: int
-    bytes_after: int
-    ratio: float
-    retention: float | None
-    perplexity_before: float | None
-    perplexity_after: float | None
-    divergence: float | None
     labels: dict[str, str]
     finished_at: str
     links: ReportLinks

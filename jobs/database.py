@@ -28,12 +28,12 @@ from jobs.blocks import BlockRepository
 from jobs.errors import SchemaOutOfDate
 from jobs.events import EventRepository
 from jobs.key_rows import KeyRepository
-from jobs.lines import QueueRepository
 from jobs.reports import ReportRepository
 from jobs.repository import JobRepository
 from jobs.settings import Settings, load_settings
 from jobs.tables import Job
 from jobs.upkeep import UpkeepRepository
+from jobs.waiting_lines import QueueRepository
 from jobs.webhooks import WebhookRepository
 from jobs.workers import WorkerRepository
 

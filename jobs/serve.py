@@ -26,7 +26,7 @@ from jobs.database import make_engine, migrate
 from jobs.errors import DataFolderBusy, SettingsRefused
 from jobs.key_rows import require_keys
 from jobs.logs import configure_logs
-from jobs.places import refuse_divided_parts
+from jobs.one_machine import refuse_divided_parts
 from jobs.queue import forget_announcements
 from jobs.settings import Settings, load_settings
 from jobs.tether import tethered, with_our_modules

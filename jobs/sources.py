@@ -158,7 +158,7 @@ def _link_or_copy(files: FolderFiles, name: str, source: Path, place: Path) -> N
     place.unlink(missing_ok=True)
     try:
         os.link(source, place, follow_symlinks=False)  # if it has become a link by now, the run refuses that
-    except (OSError, NotImplementedError):
+    except OSError:
         with files.open(name) as file, place.open("wb") as copy:
             shutil.copyfileobj(file, copy)
 

@@ -53,7 +53,7 @@ def shared_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server of this session's own."""
+    """A private PostgreSQL server, which ends with the tests."""
     from tests.servers import a_postgres
 
     with a_postgres() as server:
@@ -62,7 +62,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[Redis]:
-    """A Redis server of this session's own."""
+    """A private Redis server, which ends with the tests."""
     from tests.servers import a_redis
 
     with a_redis() as server:
@@ -71,7 +71,7 @@ def redis_server() -> Iterator[Redis]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
-    """An S3 server of this session's own."""
+    """A private S3 server, which ends with the tests."""
     from tests.servers import an_s3
 
     with an_s3() as server:

@@ -1,4 +1,4 @@
-"""Private PostgreSQL, Redis and SeaweedFS servers on free loopback ports, for one test session each.
+"""Private PostgreSQL, Redis and SeaweedFS servers on free loopback ports, one of each kind for a run of tests.
 
 A server whose program is not installed skips its tests by name; with ``SLIMTRIM_TEST_SERVERS=required`` (``.ci/run`` sets
 it) that is a failure. Nothing is shared with a server that happens to run on this machine.

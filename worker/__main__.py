@@ -19,7 +19,7 @@ from compression.errors import SlimtrimError
 from compression.planner.sizes import MEMORY_CLASSES
 from jobs.alive import alive_file, keep_touched
 from jobs.logs import configure_logs
-from jobs.places import refuse_divided_parts
+from jobs.one_machine import refuse_divided_parts
 from jobs.settings import Settings, load_settings
 from jobs.traces import tracing
 from worker.app import make_app, run_worker

@@ -22,7 +22,7 @@ from jobs.alive import alive_file, touch
 from jobs.blocks import ROOT
 from jobs.database import make_engine, reader_maker, reading, require_current_schema, session_maker, unit_of_work
 from jobs.logs import configure_logs
-from jobs.places import refuse_divided_parts
+from jobs.one_machine import refuse_divided_parts
 from jobs.queue import Announcer
 from jobs.settings import Settings, load_settings
 from jobs.storage import open_storage

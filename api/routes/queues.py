@@ -13,7 +13,7 @@ from api.headers import require_accept
 from api.schemas import QueueList, QueueStateView
 from api.views import as_json
 from compression.planner.sizes import MEMORY_CLASSES
-from jobs.lines import Line
+from jobs.waiting_lines import Line
 from jobs.workers import Present
 
 router = APIRouter(tags=["queues"])

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from jobs.errors import SettingsRefused
-from jobs.places import refuse_divided_parts
+from jobs.one_machine import refuse_divided_parts
 from jobs.settings import Settings
 from jobs.tables import Worker
 from jobs.turn import Turn

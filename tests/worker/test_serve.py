@@ -156,7 +156,17 @@ def test_another_address_needs_keys(house: Stand):
     assert "ready" not in house.logs()
 
 
-@pytest.mark.parametrize("module", ["jobs.serve", "worker", "worker.maintenance"])
+@pytest.mark.parametrize("module", ["api", "worker", "worker.maintenance"])
+def test_every_command_refuses_a_file_of_rows_that_other_machines_could_not_see(house: Stand, module: str):
+    house.environment["SLIMTRIM_BROKER_URL"] = "redis://127.0.0.1:1/0"
+
+    assert house.start(module).wait(60) == 2
+
+    assert "set SLIMTRIM_DATABASE_URL to a PostgreSQL database" in house.logs()
+    assert "Traceback" not in house.logs()
+
+
+@pytest.mark.parametrize("module", ["api", "jobs.serve", "worker", "worker.maintenance"])
 def test_every_command_refuses_an_address_of_an_unknown_kind(house: Stand, module: str):
     house.environment["SLIMTRIM_BROKER_URL"] = "amqp://127.0.0.1:1/0"
 
