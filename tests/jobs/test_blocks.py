@@ -45,7 +45,12 @@ def test_a_worker_that_lost_its_job_keeps_nothing(rows: Rows):
     rows.do(lambda work: work.upkeep.expire_leases())
 
     assert not keep(rows, claim)
-    assert find(rows) == {}
+    another = rows.claim(claim.job_id)
+    assert another is not None
+    assert not keep(rows, claim)
+    assert not rows.do(lambda work: work.blocks.begin(claim, "f"))
+    assert (find(rows), rows.job(claim.job_id).fingerprint) == ({}, None)
+    assert keep(rows, another)
 
 
 def test_of_two_who_finish_the_same_block_at_once_one_is_kept_and_both_go_on(rows: Rows):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
+from jobs.logs import Fields
 from jobs.status import JobStatus
-from tests.worker.stand import OWNER, Stand, a_stand
+from tests.worker.stand import FAKE, OWNER, Stand, a_stand
+from worker.blocks import BlockKeeper
+from worker.leash import Interruption, Leash
 from worker.maintenance import Maintenance
+from worker.room import Room
 
 PLAN = {"blocks": 8, "block_s": 0.4, "keeps": True}
 
@@ -65,6 +70,9 @@ def test_a_killed_workers_blocks_are_taken_by_the_next_one_and_go_with_success(k
     assert finished <= resumed(stand, job_id) < PLAN["blocks"]
     assert job.fruitless == 0  # the lost attempt had made blocks durable, so it does not count
     assert {file["path"] for file in stand.do(lambda work: work.jobs.manifest(OWNER, job_id))["files"]} >= {"block-8.bin"}
+    stored = sum((attempt.figures or {}).get("bytes_stored", 0) for attempt in stand.attempts(job_id)[1:])
+    made = (PLAN["blocks"] - resumed(stand, job_id)) * 1000
+    assert stored == made + len("{}")  # no byte is sent twice: blocks as they are made, then report.json alone
     assert clean(stand) == []
     assert stand.do(lambda work: work.blocks.find(OWNER, job.fingerprint or "")) == {}
 
@@ -122,6 +130,25 @@ def test_a_job_that_changed_between_attempts_starts_over_and_says_so(tmp_path: P
         assert stand.wait_over(job_id).status == JobStatus.SUCCEEDED
         assert resumed(stand, job_id) == 0
         assert "started_over" in [event.data["code"] for event in stand.events(job_id, "job.warning")]
+
+
+def test_a_part_that_comes_after_the_lease_is_not_kept_and_ends_the_attempt(tmp_path: Path):
+    with a_stand(tmp_path) as stand:
+        job_id = stand.post(announce=False)
+        room = Room(stand.settings, "w", FAKE, ("gpu.cpu",))
+        claim = stand.do(lambda work: work.attempts.claim(job_id, "w", -1.0, room.classes))
+        stand.do(lambda work: work.upkeep.expire_leases())
+        assert claim is not None
+        shard, leash, sizes = tmp_path / "shard", Leash(float("inf")), list[int]()
+        shard.write_bytes(b"late")
+        line = {"type": "keep", "fingerprint": "f", "name": "block-00000", "files": {"shard": str(shard)}}
+
+        with BlockKeeper(room, claim, leash, Fields(logging.getLogger(), {}), tmp_path / "parts", sizes.append) as keeper:
+            assert keeper.take(line, lambda _: None)
+            stand.wait(lambda: leash.reason, "the loss to be noticed")
+
+        assert leash.reason is Interruption.LOST
+        assert (keeper.stored, list(stand.parts()), sizes) == ([], [], [])
 
 
 def test_files_of_an_attempt_that_died_before_its_row_was_written_are_removed(tmp_path: Path):
