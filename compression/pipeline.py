@@ -26,6 +26,7 @@ from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
 from compression.evaluation.perplexity import measure
 from compression.evaluation.verification import verify
+from compression.measured import Quality
 from compression.memory import bound_kernel_caches
 from compression.methods import Choice, at_random, choose_cuts, merger, parts_for
 from compression.observer import Observer, weigh
@@ -36,7 +37,7 @@ from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
 from compression.recipe import AnyStep, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
-from compression.report import LedgerRow, Quality, Report, Verification, model_card
+from compression.report import LedgerRow, Report, Verification, model_card
 from compression.reporting import environment_of, report_of
 from compression.request import Compression
 from compression.resume import FinishedBlocks, fingerprint_of
@@ -361,7 +362,7 @@ class Run:
 
     def refuse_violations(self, report: Report) -> None:
         """Raise ConstraintViolated when the artifact is worse than the request accepts."""
-        wanted, retention = self.request.constraints.min_retention, report.quality.retention
+        wanted, retention = self.request.constraints.min_retention, report.retention
         if wanted is not None and retention < wanted and self.request.constraints.on_violation == "fail":
             raise ConstraintViolated(
                 f"retention is {retention:.4f}, below min_retention {wanted}; ask for more memory, a gentler recipe, "

@@ -5,18 +5,12 @@ The report is data. Its worst news comes first in ``lost``, in sentences drawn f
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
+from compression.measured import Benchmarks, Generation, NotMeasured, Quality, Record, Speed
 from compression.plan import FrontierPoint, PlanTrial
-
-
-class Record(BaseModel):
-    """Frozen data; unknown names are our own mistake."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LedgerRow(Record):
@@ -72,22 +66,6 @@ class BlockRow(Record):
     """Calibration tokens per expert of the source; None when no study was needed."""
 
 
-class Baseline(Record):
-    """The same trims, but with experts drawn by lot, on the same held-out tokens; weights as they were, none slimmed."""
-
-    criterion: Literal["random"] = "random"
-    seed: int
-    loss: float
-    divergence: float
-    top1_agreement: float
-
-    @computed_field
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of the model trimmed at random."""
-        return math.exp(self.loss)
-
-
 class StudyNote(Record):
     """The look at the untouched model that the trims went by."""
 
@@ -117,38 +95,6 @@ class ResumeNote(Record):
     environment: dict[str, str]
     same: bool
     """Whether this run's environment is the same; then every byte is that of a run which was never interrupted."""
-
-
-class Quality(Record):
-    """Original and artifact on the same held-out tokens. Losses and divergence in nats per token."""
-
-    tokens: int
-    loss_before: float
-    loss_after: float
-    divergence: float
-    """Mean KL divergence of the artifact's next-token distribution from the original's."""
-    top1_agreement: float
-    """Share of tokens on which both predict the same next token."""
-    random_drop: Baseline | None = None
-    """What lots would have kept, where the recipe chooses experts; None where it does not."""
-
-    @computed_field
-    @property
-    def perplexity_before(self) -> float:
-        """Perplexity of the original."""
-        return math.exp(self.loss_before)
-
-    @computed_field
-    @property
-    def perplexity_after(self) -> float:
-        """Perplexity of the artifact."""
-        return math.exp(self.loss_after)
-
-    @computed_field
-    @property
-    def retention(self) -> float:
-        """exp(loss before - loss after): 1 means nothing was lost."""
-        return math.exp(self.loss_before - self.loss_after)
 
 
 class Verification(Record):
@@ -181,6 +127,11 @@ class Report(Record):
     memory: dict[str, int]
     components: dict[str, int]
     quality: Quality
+    benchmarks: Benchmarks | None = None
+    generation: Generation | None = None
+    speed: Speed | None = None
+    not_measured: tuple[NotMeasured, ...] = ()
+    """What was asked for and could not be measured."""
     lost: tuple[str, ...]
     warnings: tuple[dict[str, str], ...]
     blocks: tuple[BlockRow, ...]
@@ -206,15 +157,22 @@ class Report(Record):
         """Bytes before over bytes after: bigger is better."""
         return self.bytes_before / self.bytes_after
 
+    @computed_field
+    @property
+    def retention(self) -> float:
+        """The worst over everything measured: the whole held-out text, each kind of it, each benchmark."""
+        tasks = [] if self.benchmarks is None else [row.retention for row in self.benchmarks.rows]
+        texts = [self.quality.retention, *(domain.retention for domain in self.quality.domains)]
+        return min([*texts, *(kept for kept in tasks if kept is not None)])
+
     def for_artifact(self) -> dict[str, Any]:
         """Return the report as it lies in the artifact: without what differs from one run to the next, such as times.
 
         So equal runs, interrupted or not, leave equal bytes. The whole report is served by the job.
         """
         # How it was opened depends on the memory that happened to be free.
-        data = self.model_dump(
-            mode="json", exclude={"seconds": True, "peak_memory_bytes": True, "resumed": True, "verification": {"mode"}}
-        )
+        passing = {"seconds", "speed", "peak_memory_bytes", "resumed"}
+        data = self.model_dump(mode="json", exclude={**dict.fromkeys(passing, True), "verification": {"mode"}})
         if data["study"] is not None:
             data["study"] = {name: data["study"][name] for name in ("parts", "tokens", "domains")}
         return data
@@ -225,7 +183,7 @@ class Report(Record):
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "ratio": self.ratio,
-            "retention": self.quality.retention,
+            "retention": self.retention,
             "perplexity_before": self.quality.perplexity_before,
             "perplexity_after": self.quality.perplexity_after,
             "divergence": self.quality.divergence,

@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compression.block import Shell
 from compression.checkpoint.reader import Model
-from compression.report import Baseline, Quality
+from compression.measured import Quality, RandomDrop
 from compression.sweep import OnBlock, Push, Stream, sweep, working_dtype
 
 _ROWS = 512
@@ -58,9 +58,9 @@ def measure(
     )
 
 
-def _baseline(means: Sequence[float], seed: int) -> Baseline:
+def _baseline(means: Sequence[float], seed: int) -> RandomDrop:
     _, loss, divergence, agreement = means
-    return Baseline(seed=seed, loss=loss, divergence=divergence, top1_agreement=agreement)
+    return RandomDrop(seed=seed, loss=loss, divergence=divergence, top1_agreement=agreement)
 
 
 def _part(on_block: OnBlock, place: int, models: int, name: str) -> OnBlock:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from compression.report import BlockRow, LedgerRow, Quality, Report, Verification, model_card, worst_first
+from compression.measured import Quality
+from compression.report import BlockRow, LedgerRow, Report, Verification, model_card, worst_first
 
 QUALITY = Quality(tokens=1000, loss_before=2.0, loss_after=2.1, divergence=0.05, top1_agreement=0.9)
 WINDOWS = Verification(

@@ -83,7 +83,7 @@ def settled(house: House, told: Sequence[dict[str, Any]], known: set[str]) -> Wo
     before = [job for job in everything if job not in jobs]
     ends = {(job.id, f"job.{job.status}"): (job.request.get("webhook") or {"events": ()})["events"] for job in jobs}
     wanted = {end for end, events in ends.items() if end[1] in events}
-    stand.wait(lambda: wanted <= {(body["data"]["job_id"], body["type"]) for body in list(told)}, "every webhook", 120.0)
+    stand.wait(lambda: wanted <= {(body["data"]["job_id"], body["type"]) for body in list(told)}, "every webhook", 180.0)
     stand.wait(lambda: not any(stand.child_of(member) for member in house.members.values()), "the last child's end")
     _clean(stand.settings)
     # A study serves later jobs on the same model; blocks have no business here any more.
