@@ -57,18 +57,10 @@ class QueueRepository:
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
         if not waiting:
             return {}
-        if len(waiting) == 1:
-            return {waiting[0].id: self._ahead_of(waiting[0])}
-        # All that wait up to the last one are numbered in one pass; a count for each would be a pass for each.
-        number = func.row_number().over(partition_by=Job.memory_class, order_by=Job.id).label("number")
-        line = select(Job.id, number).where(
-            Job.memory_class.in_({job.memory_class for job in waiting}),
-            Job.status == JobStatus.QUEUED,
-            Job.id <= max(job.id for job in waiting),
-        )
-        numbered = line.subquery()
-        query = select(numbered.c.id, numbered.c.number).where(numbered.c.id.in_([job.id for job in waiting]))
-        return {row.id: row.number - 1 for row in self._session.execute(query)}
+        places: dict[str, int] = {}
+        for memory_class in {job.memory_class for job in waiting}:
+            places |= self._places_in(memory_class, sorted(job.id for job in waiting if job.memory_class == memory_class))
+        return places
 
     def lines(self, classes: Sequence[str]) -> dict[str, Line]:
         """Return how each class stands."""
@@ -83,9 +75,13 @@ class QueueRepository:
             line.run_times_s = sorted(self._run_times(name))
         return lines
 
-    def _ahead_of(self, job: Job) -> int:
-        before = Job.memory_class == job.memory_class, Job.status == JobStatus.QUEUED, Job.id < job.id
-        return self._session.scalar(select(func.count()).where(*before)) or 0
+    def _places_in(self, memory_class: str, ids: Sequence[str]) -> dict[str, int]:
+        """Number the jobs of one class, the oldest first: count those before the first, then walk from it to the last."""
+        line = Job.memory_class == memory_class, Job.status == JobStatus.QUEUED
+        ahead = self._session.scalar(select(func.count()).where(*line, Job.id < ids[0])) or 0
+        between = self._session.scalars(select(Job.id).where(*line, Job.id >= ids[0], Job.id <= ids[-1]).order_by(Job.id))
+        wanted = set(ids)
+        return {job_id: ahead + number for number, job_id in enumerate(between) if job_id in wanted}
 
     def _counts(self):
         active = Job.status.in_((JobStatus.QUEUED, *HELD))

@@ -174,5 +174,8 @@ def _what(process: psutil.Process) -> str:
     """Say what a child of a worker does, by its command line."""
     with suppress(psutil.Error):
         line = process.cmdline()
-        return "computing" if "worker.child" in line else f"errand {line[line.index('worker.errand') + 1]}"
+        if "worker.child" in line:
+            return "computing"
+        # Between its fork and its exec it has its parent's line; once it is over, none.
+        return f"errand {line[line.index('worker.errand') + 1]}" if "worker.errand" in line else "about to start or over"
     return "gone"

@@ -23,7 +23,7 @@ def test_a_place_counts_who_came_before_in_the_same_class(rows: Rows):
     assert alone == [{first: 0}, {other: 0}, {second: 1}, {third: 2}, {}]
 
 
-def test_a_page_of_waiting_jobs_costs_one_query(rows: Rows):
+def test_a_page_of_waiting_jobs_costs_two_queries_however_long_the_line_is(rows: Rows):
     queue_many(rows.engine, 200)
     asked = list[str]()
     event.listen(rows.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
@@ -33,7 +33,18 @@ def test_a_page_of_waiting_jobs_costs_one_query(rows: Rows):
     places = rows.do(lambda work: work.queues.places(page))
 
     assert [places[job.id] for job in page] == list(range(199, 99, -1))
-    assert len([statement for statement in asked[before:] if statement.startswith("SELECT")]) == 1
+    assert len([statement for statement in asked[before:] if statement.startswith("SELECT")]) == 2
+
+
+def test_a_page_with_gaps_and_two_classes_is_numbered_as_each_job_alone(rows: Rows):
+    ids = [rows.add(memory_class=name) for name in ("gpu.16g", "gpu.80g", "gpu.16g", "gpu.16g", "gpu.80g", "gpu.16g")]
+    page = [job for job in rows.do(lambda work: work.jobs.list(OWNER)).jobs if job.id in (ids[2], ids[4], ids[5])]
+
+    places = rows.do(lambda work: work.queues.places(page))
+    alone = [rows.do(lambda work, job=job: work.queues.places([job])) for job in page]
+
+    assert places == {ids[2]: 1, ids[4]: 1, ids[5]: 3}
+    assert {job_id: place for one in alone for job_id, place in one.items()} == places
 
 
 def test_classes_stand_as_their_jobs_do(rows: Rows):
