@@ -2,11 +2,13 @@
 
 ``python -m bench.claims [postgresql://.../an_empty_database]``: on SQLite in a temporary folder, and on the PostgreSQL
 database of that address, which it fills. Also eight processes that claim all ten thousand: how long it takes, and
-whether any job was claimed twice.
+whether any job was claimed twice; and what an API process answers beside ten thousand waiting jobs, over HTTP.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
 import sys
 import tempfile
@@ -17,9 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from bench.status_polling import process
 from jobs.database import make_engine, migrate, reader_maker, reading, session_maker, unit_of_work
 from jobs.settings import Settings
 from tests.jobs.many import queue_many
+from tests.servers import free_ports
 
 OWNER, MANY, TIMES, PROCESSES = "ann", 10_000, 200, 8
 
@@ -45,6 +51,7 @@ class Bench:
 def line(name: str, act: Callable[[int], Any], times: int = TIMES) -> None:
     """Print median and 99th percentile of an act."""
     act(0)
+    gc.freeze()  # this process's own collections are nobody's wait
     took = list[float]()
     for number in range(1, times):
         start = time.perf_counter()
@@ -84,8 +91,23 @@ def measure(settings: Settings) -> None:
     line("read a page of 100, with places", lambda _: bench.read(read_page))
     line("GET /v1/queues", lambda _: bench.read(lambda work: work.queues.lines(["gpu.cpu", "gpu.16g"])))
     line("a round of the upkeep", lambda _: bench.write(upkeep))
+    answers(settings, bench, last)
     bench.engine.dispose()
     claim_all(settings)
+
+
+def answers(settings: Settings, bench: Bench, job_id: str) -> None:
+    """Ask an API process for a page and a job, one request after the other, as the owner of all of them."""
+    key, _ = bench.write(lambda work: work.keys.create(OWNER))
+    (port,) = free_ports(1)
+    own = {"DATA_DIR": str(settings.data_dir), "DATABASE_URL": settings.database_url, "PORT": str(port), "RATE_LIMIT": "0"}
+    environment = {**os.environ, **{f"SLIMTRIM_{name}": value for name, value in own.items() if value}}
+    with (
+        process(port, "/livez", "api", environment=environment),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False) as client,
+    ):
+        for path in (f"/v1/jobs/{job_id}", "/v1/jobs", "/v1/jobs?limit=100"):
+            line(f"GET {path.replace(job_id, 'ID')}", lambda _, path=path: client.get(path).raise_for_status())
 
 
 def claim_all(settings: Settings) -> None:

@@ -18,7 +18,8 @@ def queue_many(engine: Engine, count: int, owner: str = "ann", memory_class: str
     """Insert queued jobs and return their ids, oldest first."""
     moment = datetime.now(UTC)
     fixed = {
-        "owner": owner, "model": "m/m", "status": JobStatus.QUEUED, "request": {"model": "m/m"}, "resolved": {}, "plan": PLAN,
+        "owner": owner, "model": "m/m", "status": JobStatus.QUEUED, "request": {"model": "m/m"}, "plan": PLAN,
+        "resolved": {"revision": None, "code_version": "0", "spec_hash": "0"},
         "spec_hash": "0", "memory_class": memory_class, "created_at": moment, "queued_at": moment,
         "queue_deadline": moment.replace(year=moment.year + 1), "last_seq": 1,
     }  # fmt: skip
