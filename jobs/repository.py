@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import BindParameter, String, bindparam, delete, func, select
 from sqlalchemy.orm import Session, undefer
 
 from jobs.clock import now
@@ -129,8 +129,7 @@ class JobRepository:
 
     def get(self, owner: str, job_id: str) -> Job:
         """Return the owner's job, or raise ``JobNotFound``."""
-        job = self._session.scalars(select(Job).where(*_visible(owner), Job.id == job_id)).one_or_none()
-        return _found(job, job_id)
+        return _found(self._session.scalars(_ONE, {"owner": owner, "job_id": job_id}).one_or_none(), job_id)
 
     def list(self, owner: str, only: JobFilter = JobFilter(), limit: int = 20, *, after: str | None = None) -> Page:
         """Return jobs, newest first, older than the cursor. New jobs never shift a later page."""
@@ -235,8 +234,12 @@ class JobRepository:
         )  # fmt: skip
 
 
-def _visible(owner: str):
+def _visible(owner: str | BindParameter[str]):
     return Job.owner == owner, Job.deleted_at.is_(None)
+
+
+# Built once: every poll asks this.
+_ONE = select(Job).where(*_visible(bindparam("owner", type_=String)), Job.id == bindparam("job_id", type_=String))
 
 
 def _found(job: Job | None, job_id: str) -> Job:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import String, bindparam, func, select
 from sqlalchemy.orm import Session
 
 from jobs.clock import now
@@ -18,6 +18,12 @@ from jobs.tables import Job, JobAttempt
 
 _LAST_RUNS = 50
 """Finished jobs of a class whose run times are looked at."""
+# Built once: every poll of a job that waits asks this.
+_AHEAD = select(func.count()).where(
+    Job.memory_class == bindparam("memory_class", type_=String),
+    Job.status == JobStatus.QUEUED,
+    Job.id < bindparam("job_id", type_=String),
+)
 
 
 @dataclass(slots=True)
@@ -77,9 +83,11 @@ class QueueRepository:
 
     def _places_in(self, memory_class: str, ids: Sequence[str]) -> dict[str, int]:
         """Number the jobs of one class, the oldest first: count those before the first, then walk from it to the last."""
-        line = Job.memory_class == memory_class, Job.status == JobStatus.QUEUED
-        ahead = self._session.scalar(select(func.count()).where(*line, Job.id < ids[0])) or 0
-        between = self._session.scalars(select(Job.id).where(*line, Job.id >= ids[0], Job.id <= ids[-1]).order_by(Job.id))
+        ahead = self._session.scalar(_AHEAD, {"memory_class": memory_class, "job_id": ids[0]}) or 0
+        if len(ids) == 1:
+            return {ids[0]: ahead}
+        line = Job.memory_class == memory_class, Job.status == JobStatus.QUEUED, Job.id >= ids[0], Job.id <= ids[-1]
+        between = self._session.scalars(select(Job.id).where(*line).order_by(Job.id))
         wanted = set(ids)
         return {job_id: ahead + number for number, job_id in enumerate(between) if job_id in wanted}
 

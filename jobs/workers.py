@@ -21,6 +21,10 @@ REMEMBERED_S = 86_400.0
 """Seconds for which the row of a worker that is gone is kept, so that callers hear when there last was one."""
 
 
+# Built once: every poll of a job that waits asks this.
+_PRESENT = select(Worker.classes, Worker.last_seen > now(-ALIVE_S), Worker.job_id, Worker.last_seen)
+
+
 class Present(NamedTuple):
     """A worker as its row shows it."""
 
@@ -53,6 +57,5 @@ class WorkerRepository:
 
     def all(self) -> Sequence[Present]:
         """Return every worker whose row is there."""
-        query = select(Worker.classes, Worker.last_seen > now(-ALIVE_S), Worker.job_id, Worker.last_seen)
-        rows = self._session.execute(query).all()
+        rows = self._session.execute(_PRESENT).all()
         return [Present(tuple(classes["classes"]), bool(alive), job_id is not None, at) for classes, alive, job_id, at in rows]
