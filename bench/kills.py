@@ -1,6 +1,6 @@
 """SIGKILLs over jobs of the real library on production parts: every job must end, and with the bytes of one left in peace.
 
-    OMP_NUM_THREADS=1 python -m bench.kills [--jobs 30] [--kills 60] [--seed 1] [--faults kills|redis|postgres|s3]
+    OMP_NUM_THREADS=1 python -m bench.kills [--jobs 30] [--kills 60] [--seed 1] [--gap 8] [--faults kills|redis|postgres|s3]
 
 PostgreSQL, Redis, SeaweedFS, API, maintenance and two workers, each a process. Each kind of job is first run once by itself;
 its manifest's hash, which covers every byte of the artifact, is what the others must show. Then the jobs are posted and members
@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--gap", type=float, default=8.0, help="seconds between two faults at most")
     parser.add_argument("--faults", choices=[*KINDS, "s3"], default="kills")
     given = parser.parse_args()
     with ExitStack() as stack:
@@ -61,7 +62,7 @@ def main() -> int:
             proxy.faults = Faults(refuse=1 / 3)
         outcome = trial(
             house, shares(model, given.jobs), [KINDS.get(given.faults, kill)] * (given.kills if given.faults != "s3" else 0),
-            seed=given.seed, gap_s=(1.0, 8.0), first=1,
+            seed=given.seed, gap_s=(1.0, given.gap), first=1, patience_s=7200.0,
         )  # fmt: skip
         return told(outcome, given, wanted, house, proxy.refused)
 

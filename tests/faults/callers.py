@@ -14,19 +14,27 @@ import httpx
 from tests.faults.history import OVER, History
 from tests.faults.house import House
 
-_GIVE_UP_S = 300.0
+PATIENCE_S = 300.0
+"""How long a caller waits for an answer, or for the end of a job."""
 
 
 class Caller(threading.Thread):
     """One caller, until each of its jobs is over."""
 
     def __init__(
-        self, house: House, history: History, number: int, bodies: list[dict[str, Any]], *, cancels: float = 0.0
+        self,
+        house: House,
+        history: History,
+        number: int,
+        bodies: list[dict[str, Any]],
+        *,
+        cancels: float = 0.0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """``cancels``: share of its jobs that it cancels."""
         super().__init__(name=f"caller-{number}", daemon=True)
         self._house, self._history, self._number, self._bodies, self._cancels = house, history, number, bodies, cancels
-        self._chance = random.Random(number)
+        self._chance, self._patience_s = random.Random(number), patience_s
         self._owner = ("ann", "bob")[number % 2]
         self.jobs: list[str] = []
         self.error: BaseException | None = None
@@ -43,7 +51,7 @@ class Caller(threading.Thread):
                 for job in self.jobs:
                     self._watch(client, job)
                 for stream in streams:
-                    stream.join(_GIVE_UP_S)
+                    stream.join(self._patience_s)
         except BaseException as error:
             self.error = error
 
@@ -61,16 +69,16 @@ class Caller(threading.Thread):
         self._until(lambda: client.post(f"/v1/jobs/{job}/cancel"), "cancel", job=job)
 
     def _watch(self, client: httpx.Client, job: str) -> None:
-        end = time.monotonic() + _GIVE_UP_S
+        end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             seen = self._until(lambda: client.get(f"/v1/jobs/{job}", headers={"Prefer": "wait=2"}), "get", job=job)
             if seen["status"] in OVER:
                 return
-        raise AssertionError(f"{job} was not over after {_GIVE_UP_S} s")
+        raise AssertionError(f"{job} was not over after {self._patience_s} s")
 
     def _until(self, send: Callable[[], httpx.Response], operation: str, **about: Any) -> dict[str, Any]:
         """Call until an answer comes that is not a passing refusal; every try is a note of its own."""
-        end = time.monotonic() + _GIVE_UP_S
+        end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             note = self._history.begin(operation, **about)
             try:
@@ -85,7 +93,7 @@ class Caller(threading.Thread):
             note.fate, note.answer = "refused", answer.json()["code"]
             assert answer.json()["retryable"], f"{operation} {about}: {answer.text}"
             time.sleep(0.2)
-        raise AssertionError(f"no answer to {operation} {about} in {_GIVE_UP_S} s")
+        raise AssertionError(f"no answer to {operation} {about} in {self._patience_s} s")
 
     def _listening(self, job: str) -> threading.Thread:
         thread = threading.Thread(target=self._listen, args=(job,), daemon=True)
@@ -96,7 +104,7 @@ class Caller(threading.Thread):
         """Follow a job's events to the end, cutting the connection by lot and resuming by id."""
         note = self._history.begin("stream", job=job)
         heard: list[tuple[int, str]] = []
-        end = time.monotonic() + _GIVE_UP_S
+        end = time.monotonic() + self._patience_s
         with self._house.client(self._owner) as client:
             while time.monotonic() < end:
                 try:

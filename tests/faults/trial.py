@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.settings import Settings
 from jobs.tables import Job
-from tests.faults.callers import Caller
+from tests.faults.callers import PATIENCE_S, Caller
 from tests.faults.history import History, World, check
 from tests.faults.house import House
 from worker.maintenance import Maintenance
@@ -51,13 +51,18 @@ class Outcome:
 def trial(
     house: House, bodies: Sequence[Sequence[dict[str, Any]]], faults: Sequence[Fault], *, seed: int, gap_s: tuple[float, float],
     cancels: float = 0.0, told: Sequence[dict[str, Any]] = (), first: int = 0,
+    patience_s: float = PATIENCE_S,
 ) -> Outcome:  # fmt: skip
     """Let one caller per list of bodies make its calls while faults fall, a random gap apart; check, and tell what came of it.
 
     ``told``: what the webhooks' receiver takes meanwhile. ``first``: number of the first caller, where others were here before.
+    ``patience_s``: seconds after which a caller says that its job will never end.
     """
     history, chance, began = History(), random.Random(seed), time.monotonic()
-    callers = [Caller(house, history, number, list(own), cancels=cancels) for number, own in enumerate(bodies, start=first)]
+    callers = [
+        Caller(house, history, number, list(own), cancels=cancels, patience_s=patience_s)
+        for number, own in enumerate(bodies, start=first)
+    ]
     for caller in callers:
         caller.start()
     for fault in faults:
