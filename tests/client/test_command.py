@@ -309,7 +309,10 @@ def ours(**environment: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "xterm-256color"}])
-def test_what_is_no_terminal_gets_no_colour(server: Scripted, environment: dict[str, str]):
+def test_what_is_no_terminal_gets_no_colour(
+    server: Scripted, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
     ends(server, "succeeded")
 
     for verb in ("plan", "download"):
@@ -318,7 +321,7 @@ def test_what_is_no_terminal_gets_no_colour(server: Scripted, environment: dict[
         assert "\x1b" not in ran.stdout + ran.stderr
 
 
-def test_an_interrupted_watcher_leaves_the_job_and_says_how_to_go_on(server: Scripted, tmp_path: Path):
+def test_an_interrupted_watcher_leaves_the_job_and_says_how_to_go_on(server: Scripted):
     ends(server, "succeeded")
     server.answers[EVENTS] = [scripted.streamed(event(1, "job.started"), heartbeat=True)]
     with subprocess.Popen(
