@@ -363,6 +363,17 @@ def test_a_disk_that_is_full_is_named_and_the_part_stays(tmp_path: Path):
     assert left_in(tmp_path) == ["model.safetensors.part", "model.safetensors.part.json"]
 
 
+def test_two_downloads_do_not_write_one_part(store: Store, tmp_path: Path):
+    other = Part(tmp_path, WantedFile("model.safetensors", len(CONTENT), sha256(CONTENT)))
+    other.open()
+
+    with pytest.raises(CannotWrite, match="another download"):
+        fetch(store.server, tmp_path)
+    other.close()
+
+    assert fetch(store.server, tmp_path).files[0].path.read_bytes() == CONTENT
+
+
 def test_a_folder_that_is_a_file_is_named(store: Store, tmp_path: Path):
     (tmp_path / "artifact").write_text("")
 

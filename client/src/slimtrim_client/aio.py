@@ -181,7 +181,7 @@ class _Stream:
             answer = answer_of(response, await response.aread())
         except httpx.HTTPError as error:
             await self._close()
-            return failed_of(error)
+            return failed_of(error, self._connection.url)
         await self._close()
         return answer
 
@@ -189,7 +189,7 @@ class _Stream:
         try:
             return b"" if self._chunks is None else await anext(self._chunks, b"")
         except httpx.HTTPError as error:
-            return failed_of(error)
+            return failed_of(error, self._connection.url)
 
     async def _close(self) -> None:
         self._chunks = None

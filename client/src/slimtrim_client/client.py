@@ -188,7 +188,7 @@ class _Stream:
             answer = answer_of(response, response.read())
         except httpx.HTTPError as error:
             self.close()
-            return failed_of(error)
+            return failed_of(error, self._connection.url)
         self.close()
         return answer
 
@@ -196,7 +196,7 @@ class _Stream:
         try:
             return next(self._chunks, b"")
         except httpx.HTTPError as error:
-            return failed_of(error)
+            return failed_of(error, self._connection.url)
 
     def close(self) -> None:
         self._chunks = iter(())

@@ -82,9 +82,9 @@ def answer_of(response: httpx.Response, body: bytes = b"") -> Answer:
     return Answer(response.status_code, dict(response.headers), body)
 
 
-def failed_of(error: httpx.HTTPError) -> Failed:
+def failed_of(error: httpx.HTTPError, where: str) -> Failed:
     """Return what httpx raised, as a message."""
-    return Failed(str(error) or type(error).__name__)
+    return Failed(f"{where}: {str(error) or type(error).__name__}")
 
 
 def key_of_environment(environment: Mapping[str, str]) -> str | None:

@@ -180,7 +180,7 @@ class _Fetch:
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
-            return Verdict.LATER, failed_of(error)
+            return Verdict.LATER, failed_of(error, request.url.host)
 
     async def _write(self, part: Part, response: httpx.Response) -> Verdict:
         # As they arrive: collected into larger chunks, the last bytes before a cut would be lost.

@@ -16,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 from slimtrim_client.artifacts import NOTE, PART, WantedFile
 from slimtrim_client.errors import CannotWrite, DiskFull, UnsafeManifest
 
@@ -66,6 +71,7 @@ class Part:
             # Never through a link that somebody laid here.
             descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             self._out = os.fdopen(descriptor, "r+b")
+            self._lock(descriptor)
             size = os.fstat(descriptor).st_size
         if note.get("sha256") != self.file.sha256 or size > self.file.bytes:
             self.restart(None)
@@ -117,6 +123,15 @@ class Part:
             out, self._out = self._out, None
             with _told(self._part):
                 out.close()
+
+    def _lock(self, descriptor: int) -> None:
+        """Keep other downloads away until this one is closed."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as held:
+            raise CannotWrite(f"another download is writing {self._part}; wait for its end, or name another folder") from held
 
     def _read_note(self) -> dict[str, Any]:
         try:

@@ -82,12 +82,13 @@ def report_table(report: Report) -> Table:
 def job_table(jobs: list[Job]) -> Table:
     """Return a line for each job."""
     table = Table("job", "status", "made", "ratio", "retention", "model", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for job in jobs:
         result: Mapping[str, Any] = job.get("result") or {}
-        ratio = decimal(result.get("ratio"))
+        made, ratio = f"{job['created_at'][:19]}Z", decimal(result.get("ratio"))
         model = str(job.get("request", {}).get("model", ""))
-        table.add_row(job["id"], job["status"], job["created_at"], ratio, percent(result.get("retention")), Text(model))
+        table.add_row(job["id"], job["status"], made, ratio, percent(result.get("retention")), Text(model))
     return table
 
 
