@@ -321,6 +321,20 @@ def test_what_is_no_terminal_gets_no_colour(
         assert "\x1b" not in ran.stdout + ran.stderr
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["for people", "for programs"])
+def test_a_reader_that_has_seen_enough_is_no_failure(server: Scripted, form: list[str]):
+    ends(server, "succeeded")
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed:
+        ran = subprocess.run(
+            [sys.executable, "-m", "slimtrim_client", "--server", server.url, *form, "list"], env=ours(),
+            stdout=closed, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_an_interrupted_watcher_leaves_the_job_and_says_how_to_go_on(server: Scripted):
     ends(server, "succeeded")
     server.answers[EVENTS] = [scripted.streamed(event(1, "job.started"), heartbeat=True)]

@@ -28,10 +28,16 @@ from slimtrim_client.documents import Event, Job, Plan, Report
 _PLAIN_WIDTH = 200
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process with 1, which here means that a job failed.
+        raise BrokenPipeError
+
+
 def console_for(stream: TextIO) -> Console:
     """Return a console that never cuts a line because it does not know how wide the reader is."""
     is_plain = not stream.isatty()
-    return Console(
+    return _Console(
         file=stream, width=_PLAIN_WIDTH if is_plain else None, highlight=False, soft_wrap=is_plain, emoji=False, markup=False,
         no_color=True if is_plain or os.environ.get("NO_COLOR") else None, force_terminal=False if is_plain else None,
     )  # fmt: skip
