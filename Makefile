@@ -48,11 +48,12 @@ bench: $(run_stamp)
 venv: $(py)
 
 # The stamps make a second call instant; a changed list of requirements installs again.
-$(run_stamp): requirements.txt constraints.txt | $(py)
+$(run_stamp): requirements.txt constraints.txt client/pyproject.toml | $(py)
 	@echo "installing $(torch) and requirements.txt into $(VENV)"
 	@$(py) -m pip install --quiet --disable-pip-version-check $(torch) \
 	    || { echo "pip could not install $(torch); see its message above. README.md says which builds there are." >&2; exit 1; }
 	@$(py) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@$(py) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt --editable ./client
 	@touch $@
 
 $(dev_stamp): $(run_stamp) requirements-dev.txt

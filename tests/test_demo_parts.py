@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,13 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from compression.checkpoint.headers import FolderFiles, read_checkpoint
 from compression.plan import make_plan
 from compression.request import Compression
-from examples.demo.client import Client
 from examples.demo.errors import DemoFailed
 from examples.demo.language import END, pack, perplexity, train_tokenizer, unigram_perplexity, windows
 from examples.demo.run_demo import SHARE, Demo, request_for
 from examples.demo.service import Service, free_port
 from examples.demo.text import Document, docstrings, documents, split
 from examples.demo.train_model import Settings, Trained, judge, new_model, prepare, rate, save
+from slimtrim_client import JobFailed
 
 TINY = Settings(vocabulary=300, width=64, expert_width=64, blocks=2, sequence=16, batch=2, steps=3, heldout_share=0.3)
 TEXTS = [Document(f"document {number}", f"Chapter {number}. " + "The list is sorted in place. " * 12) for number in range(6)]
@@ -214,104 +211,6 @@ def _known(request: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in request.items() if name in Compression.model_fields}
 
 
-# The client
-
-
-class Files(BaseHTTPRequestHandler):
-    """Serves one artifact of one file, and cuts its first answer short when told to."""
-
-    content = bytes(range(256)) * 40
-    path_told = "model.safetensors"
-    sha_told = hashlib.sha256(content).hexdigest()
-    cuts = 0
-    ranges = True
-    asked: list[tuple[str | None, str | None]]
-
-    def do_GET(self) -> None:
-        if self.path.endswith("/artifact"):
-            file = {"path": self.path_told, "bytes": len(self.content), "sha256": self.sha_told, "url": "/file"}
-            self._send(200, json.dumps({"files": [file]}).encode())
-        elif self.path == "/file":
-            self._send_file()
-        else:
-            self._send(409, json.dumps({"code": "report_not_ready", "detail": "job x is running"}).encode())
-
-    def _send_file(self) -> None:
-        asked = self.headers.get("Range")
-        self.asked.append((asked, self.headers.get("If-Match")))
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.ranges else 0
-        self._send(206 if start else 200, self.content[start:], cut=len(self.asked) <= self.cuts)
-
-    def _send(self, status: int, body: bytes, *, cut: bool = False) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:1000] if cut else body)
-        self.close_connection = True
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def serving(**options: Any) -> Iterator[tuple[Client, type[Files]]]:
-    handler = type("Handler", (Files,), {**options, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        with Client(f"http://127.0.0.1:{server.server_port}") as client:
-            yield client, handler
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_a_download_that_is_cut_goes_on_where_it_stopped(tmp_path: Path):
-    with serving(cuts=2) as (client, handler):
-        [file] = client.download("job_x", tmp_path)
-
-    tag = f'"{Files.sha_told}"'
-    assert file.read_bytes() == Files.content
-    assert handler.asked == [(None, None), ("bytes=1000-", tag), ("bytes=2000-", tag)]
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-def test_a_server_without_ranges_is_read_from_the_start_again(tmp_path: Path):
-    with serving(cuts=1, ranges=False) as (client, _):
-        [file] = client.download("job_x", tmp_path)
-
-    assert file.read_bytes() == Files.content
-
-
-def test_a_file_with_another_hash_is_not_kept(tmp_path: Path):
-    with serving(sha_told="0" * 64) as (client, _), pytest.raises(DemoFailed, match="the manifest says 000"):
-        client.download("job_x", tmp_path)
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_that_is_always_cut_is_given_up(tmp_path: Path):
-    with serving(cuts=99) as (client, handler), pytest.raises(DemoFailed, match="cut 5 times"):
-        client.download("job_x", tmp_path)
-
-    assert len(handler.asked) == 5
-
-
-@pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "a/../../escaped"])
-def test_a_path_outside_of_the_folder_is_refused(tmp_path: Path, path: str):
-    with serving(path_told=path) as (client, handler), pytest.raises(DemoFailed, match="outside"):
-        client.download("job_x", tmp_path / "artifact")
-
-    assert handler.asked == []
-
-
-def test_a_problem_is_told_with_its_code_and_detail():
-    with serving() as (client, _), pytest.raises(DemoFailed, match=r"409 report_not_ready: job x is running"):
-        client.report("job_x")
-
-
 # The service
 
 
@@ -387,13 +286,14 @@ class ScriptedClient:
 
 
 def job(status: str, reason: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"status": status, "stage": "studying", "progress": {"fraction": 0.5, "message": None}, "status_reason": reason}
+    progress = {"fraction": 0.5, "message": None}
+    return {"id": "job_x", "status": status, "stage": "studying", "progress": progress, "status_reason": reason}
 
 
 def test_a_job_that_fails_fails_the_demo_with_its_reason(tmp_path: Path):
     client: Any = ScriptedClient(job("running"), job("failed", {"code": "disk_full", "message": "no room", "retryable": True}))
 
-    with pytest.raises(DemoFailed, match="job_x failed: disk_full: no room"):
+    with pytest.raises(JobFailed, match="job_x failed: disk_full: no room"):
         Demo(tmp_path, silent())._follow(client, "job_x")
 
 

@@ -3,7 +3,7 @@
     python -m examples.demo.run_demo [FOLDER]
 
 Everything it makes lies below FOLDER (default .demo). Training and generating are processes of their own; for the service
-this is a client that knows HTTP and nothing else.
+this is a caller like any other, through ``slimtrim_client``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from examples.demo.client import Client
 from examples.demo.errors import DemoFailed
 from examples.demo.service import Service
 from examples.demo.tables import plan_table, report_table, seconds_table
+from slimtrim_client import Client, Job, SlimtrimError, problem_of
 
 SHARE = 4
 """The target is one part in so many of the model's bytes."""
@@ -43,7 +42,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         Demo(Path(arguments[0] if arguments else ".demo"), console).run()
-    except DemoFailed as failure:
+    except (DemoFailed, SlimtrimError) as failure:
         console.print(f"[bold red]The demo failed.[/] {failure}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -80,7 +79,7 @@ class Demo:
             with self._part("2. The service", "start the service"):
                 service = stack.enter_context(Service(self.folder))
             self.console.print(f"{service.url} is ready; its log is {self.folder / 'service.log'}", highlight=False)
-            self._compress(stack.enter_context(Client(service.url)))
+            self._compress(stack.enter_context(Client(service.url, key="")))
         with self._part("5. Both models, opened with stock transformers", "generate"):
             self._module("examples.demo.generate", str(self.folder / "model"), str(self.folder / "artifact"))
         self.console.print(seconds_table(self.seconds))
@@ -90,7 +89,7 @@ class Demo:
             request = request_for(self.folder)
             request["target_memory"] = client.plan(request)["bytes_before"] // SHARE
             self.console.print(plan_table(client.plan(request)))
-            job = self._follow(client, client.create(request)["id"])
+            job = self._follow(client, client.submit(request)["id"])
         with self._part("4. The report, and the artifact", "report and download"):
             report = client.report(job["id"])
             self.console.print(report_table(report))
@@ -98,16 +97,15 @@ class Demo:
                 self.console.print(f"- {line}", highlight=False)
             target = self.folder / "artifact"
             shutil.rmtree(target, ignore_errors=True)
-            files = client.download(job["id"], target)
-            size = sum(file.stat().st_size for file in files)
+            got = client.download(job["id"], target)
             self.console.print(
-                f"{len(files)} files, {size:,} bytes, every sha256 as the manifest says: {target}", highlight=False
+                f"{len(got.files)} files, {got.bytes:,} bytes, every sha256 as the manifest says: {target}", highlight=False
             )
 
-    def _follow(self, client: Client, job_id: str) -> dict[str, Any]:
+    def _follow(self, client: Client, job_id: str) -> Job:
         """Draw the job's progress until it is over; cancel it when we are interrupted."""
         columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
-        job: dict[str, Any] = {}
+        job: Job | None = None
         try:
             with Progress(*columns, TimeElapsedColumn(), console=self.console) as bar:
                 task = bar.add_task("queued", total=1.0, note="")
@@ -116,12 +114,12 @@ class Demo:
                     note = job["progress"]["message"] or ""
                     bar.update(task, description=said or job["status"], completed=job["progress"]["fraction"], note=note)
         except KeyboardInterrupt:
-            with suppress(httpx.TransportError, DemoFailed):
+            with suppress(SlimtrimError):
                 client.cancel(job_id)
             raise
-        if job["status"] != "succeeded":
-            reason = job["status_reason"] or {"code": job["status"], "message": "no reason given"}
-            raise DemoFailed(f"job {job_id} {job['status']}: {reason['code']}: {reason['message']}")
+        assert job is not None, "a job that is followed is yielded at least once"
+        if problem := problem_of(job):
+            raise problem
         return job
 
     def _module(self, name: str, *arguments: str) -> None:
