@@ -21,6 +21,7 @@ from jobs.settings import Settings
 from jobs.storage import manifest_sha256
 from jobs.tables import Base, IdempotencyKey, Job, JobEvent
 from tests.api.checkpoints import tensor_bytes, write_mixtral
+from tests.compression.made_reports import full_report
 
 LOOPBACK = "http://127.0.0.1:8000"
 
@@ -69,7 +70,7 @@ class Face:
             "perplexity_after": 9.0, "divergence": 0.1, "verified": True, "manifest_sha256": manifest_sha256(manifest),
         }  # fmt: skip
         with self.work() as work:
-            assert work.attempts.succeed(claim, Success(result, {"lost": ["nothing much"]}, dict(manifest), prefix))
+            assert work.attempts.succeed(claim, Success(result, full_report().model_dump(mode="json"), dict(manifest), prefix))
         return dict(manifest)
 
     def rows(self) -> dict[str, int]:

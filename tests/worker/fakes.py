@@ -22,15 +22,17 @@ from compression.errors import BrokenCheckpoint, DownloadFailed
 from compression.progress import Listener, Progress
 from compression.request import Compression, InlineText
 from compression.shelf import Shelf
+from tests.compression.made_reports import full_report
 
 PLAN = {"blocks": 4, "block_s": 0.02, "ending": "success", "keeps": False}
 
 
 class FakeReport:
-    """As much of a report as the worker asks for."""
+    """A made up report that says which run made it: in ``versions``, the folder of the attempt."""
 
     def __init__(self, request: Compression, fence_folder: str, blocks: int) -> None:
-        self._data = {"folder": fence_folder, "blocks": blocks, "revision": request.revision}
+        made = full_report(blocks).model_copy(update={"revision": request.revision, "versions": {"folder": fence_folder}})
+        self._data = made.model_dump(mode="json")
 
     def result(self) -> dict[str, Any]:
         unknown = dict.fromkeys(("retention", "perplexity_before", "perplexity_after", "divergence"))
