@@ -8,10 +8,11 @@ from markupsafe import Markup
 
 from compression.page.axes import in_bytes, short
 from compression.page.heatmap import Colour, heat_map
-from compression.page.plots import Bar, Mark, bar_chart, frontier_plot, measured_plot
+from compression.page.plots import Bar, Kind, Mark, bar_chart, frontier_plot, measured_plot
 from compression.plan import FrontierPoint
 
 _KEPT, _MERGED, _GONE, _NONE = (62, 122, 150, 255), (214, 158, 46, 255), (200, 90, 70, 90), (128, 128, 128, 20)
+_KINDS: dict[str, Kind] = {"original": "original", "artifact": "artifact"}
 _WORST = 24
 """Bars of blocks at most; the table has them all."""
 
@@ -57,7 +58,7 @@ def _speed(report: dict[str, Any], field: str, title: str, unit: str) -> Markup:
     points = (report.get("speed") or {"points": []})["points"]
     return bar_chart(title, unit, [
         Bar(f"{point['model']}, batch {point['batch_size']}", point[field], short(point[field]),
-            {"original": "original", "artifact": "artifact"}.get(point["model"], "other"), f"speed.points.{place}.{field}")
+            _KINDS.get(point["model"], "other"), f"speed.points.{place}.{field}")
         for place, point in enumerate(points)
     ])  # fmt: skip
 
