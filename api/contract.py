@@ -6,14 +6,16 @@ of which each route names the statuses it can answer with.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from api.errors import CODES, PROBLEM_JSON
 from api.schemas import NAMED, JobRequest, ProblemView
 from compression.plan import Plan
+from compression.report import Report
 
 _REF = "#/components/schemas/{model}"
 _EVERYWHERE = (400, 405, 406, 500, 503)
@@ -67,8 +69,11 @@ def _build(app: FastAPI) -> dict[str, Any]:
         title=app.title, version=app.version, openapi_version="3.1.0", summary=app.summary, routes=app.routes
     )  # fmt: skip
     schemas = cast("dict[str, Any]", built.setdefault("components", {}).setdefault("schemas", {}))
-    for model, mode in ((JobRequest, "validation"), (Plan, "serialization"), (ProblemView, "serialization")):
-        schema = model.model_json_schema(ref_template=_REF, mode="validation" if mode == "validation" else "serialization")
+    shown: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]], ...] = (
+        (JobRequest, "validation"), (Plan, "serialization"), (Report, "serialization"), (ProblemView, "serialization"),
+    )  # fmt: skip
+    for model, mode in shown:
+        schema = model.model_json_schema(ref_template=_REF, mode=mode)
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     for unused in ("HTTPValidationError", "ValidationError"):

@@ -17,15 +17,9 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?(?=$|[,;\s])", re.IGNORECASE)
 
 
-def require_accept(headers: Headers, offered: str, *, later: Sequence[str] = ()) -> None:
-    """Refuse a request that does not accept what is offered; a type that is promised for later is refused by name."""
-    accepted = _accepted(", ".join(headers.getlist("accept")))
-    if not accepted or _accepts(accepted, offered):
-        return
-    for kind in later:
-        if accepted.get(kind, 0.0) > 0.0:
-            raise Problem("not_available", f"{kind} is not available here yet; accept {offered}")
-    raise Problem("not_acceptable", f"this answer is {offered} and nothing else")
+def require_accept(headers: Headers, offered: str) -> None:
+    """Refuse a request that does not accept what is offered."""
+    preferred(headers, offered)
 
 
 def preferred(headers: Headers, *offered: str) -> str:
@@ -121,10 +115,6 @@ def _quality(parameters: Sequence[str]) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
-
-def _accepts(accepted: dict[str, float], offered: str) -> bool:
-    return _quality_of(accepted, offered) > 0.0
 
 
 def _quality_of(accepted: dict[str, float], offered: str) -> float:

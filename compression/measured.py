@@ -17,7 +17,7 @@ Which = Literal["original", "artifact", "quantized only", "random drop"]
 class Record(BaseModel):
     """Frozen data; unknown names are our own mistake."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Paired(Record):

@@ -17,6 +17,7 @@ from compression.architectures import Architecture, find_architecture
 from compression.auto import Pricing, parts_to_study, pricing_text, settled
 from compression.block import Shell, dtype_of
 from compression.calibration import TokenSet, load_calibration, load_evaluation, refuse_overlap
+from compression.card import model_card
 from compression.checkpoint.reader import Reader
 from compression.checkpoint.schemes import quantized_entries
 from compression.checkpoint.source import open_source
@@ -30,6 +31,7 @@ from compression.measured import Quality
 from compression.memory import bound_kernel_caches
 from compression.methods import Choice, at_random, choose_cuts, merger, parts_for
 from compression.observer import Observer, weigh
+from compression.page.report_page import report_page
 from compression.plan import Plan, make_plan
 from compression.planner.inventory import take_inventory
 from compression.planner.known import remember
@@ -37,7 +39,7 @@ from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
 from compression.recipe import AnyStep, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
-from compression.report import LedgerRow, Report, Verification, model_card
+from compression.report import LedgerRow, Report, Verification
 from compression.reporting import environment_of, report_of
 from compression.request import Compression
 from compression.resume import FinishedBlocks, fingerprint_of
@@ -94,6 +96,7 @@ def compress(
         run.verify()
     report = report_of(run)
     write_json(out / "report.json", report.for_artifact())
+    (out / "report.html").write_text(report_page(report.for_artifact()), encoding="utf-8")
     (out / "README.md").write_text(model_card(report), encoding="utf-8")
     run.refuse_violations(report)
     return report

@@ -5,12 +5,24 @@ The report is data. Its worst news comes first in ``lost``, in sentences drawn f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import computed_field
+from pydantic import ConfigDict, computed_field
 
 from compression.measured import Benchmarks, Generation, NotMeasured, Quality, Record, Speed
 from compression.plan import FrontierPoint, PlanTrial
+
+
+def _served_alone(*names: str) -> Callable[[dict[str, Any]], None]:
+    """Return what makes a schema true of the artifact's report too, which leaves these fields out."""
+
+    def relax(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+        for name in names:
+            schema["properties"][name]["x-served-alone"] = True
+
+    return relax
 
 
 class LedgerRow(Record):
@@ -69,6 +81,8 @@ class BlockRow(Record):
 class StudyNote(Record):
     """The look at the untouched model that the trims went by."""
 
+    model_config = ConfigDict(json_schema_extra=_served_alone("reused", "seconds"))
+
     parts: tuple[str, ...]
     tokens: int
     domains: tuple[str, ...]
@@ -100,6 +114,8 @@ class ResumeNote(Record):
 class Verification(Record):
     """The proof that the artifact opens and is what was computed."""
 
+    model_config = ConfigDict(json_schema_extra=_served_alone("mode"))
+
     opened_with: str
     """The stock loader and its version."""
     mode: Literal["whole", "windows"]
@@ -113,7 +129,9 @@ class Verification(Record):
 
 
 class Report(Record):
-    """The whole report, as stored and served."""
+    """The whole report, as stored and served. The artifact's report.json leaves out what is marked ``x-served-alone``."""
+
+    model_config = ConfigDict(json_schema_extra=_served_alone("seconds", "speed", "peak_memory_bytes", "resumed"))
 
     schema_version: Literal[1] = 1
     model: str
@@ -253,75 +271,6 @@ def _owner(tensor: str) -> str:
     """Return the expert or layer that a ledger row's tensor is a matrix of."""
     stem, of_all, expert = tensor.partition("[")
     return f"{stem.rsplit('.', 1)[0]}.{expert.removesuffix(']')}" if of_all else stem.rsplit(".", 2)[0]
-
-
-def model_card(report: Report) -> str:
-    """Return the artifact's README.md: hub metadata, what was done, what was lost, how to open it."""
-    steps = "\n".join(f"- `{step['step']}`: {_settings(step)}" for step in report.steps)
-    name = report.model.rstrip("/").rsplit("/", 1)[-1] if "://" in report.model else report.model
-    quantized = any(step["step"] == "quantize" for step in report.steps)
-    relation = "quantized" if quantized else "finetune"
-    base = f"base_model: {name}\nbase_model_relation: {relation}\n" if name == report.model else ""
-    tags = ["mixture-of-experts", "slimtrim", *(["compressed-tensors"] if quantized else [])]
-    lost = "\n".join(f"- {line}" for line in report.lost)
-    quality = report.quality
-    return f"""---
-{base}library_name: transformers
-tags: [{", ".join(tags)}]
----
-
-# {name}, made smaller by slimtrim
-
-| | original | this artifact |
-|---|---|---|
-| bytes of tensors | {report.bytes_before} | {report.bytes_after} ({report.ratio:.2f} times smaller) |
-| perplexity | {quality.perplexity_before:.3f} | {quality.perplexity_after:.3f} |
-| divergence from the original | 0 | {quality.divergence:.4f} nats per token |
-
-## What was lost
-
-{lost}
-
-## What was done
-
-{steps}
-
-{_how_to_open(report)} Opened again before publication with {report.verification.opened_with}: largest difference of a
-logit {report.verification.largest_logit_difference}. Every number is in `report.json`.
-"""
-
-
-def _how_to_open(report: Report) -> str:
-    unpacked, packed = report.memory["transformers"], report.memory["packed_engine"]
-    if not report.verification.opened_with.startswith("transformers "):
-        return (
-            f"Profile `{report.profile}`: {_why_own_loader(report)}, which no stock class opens. Open it with `from "
-            "slimtrim_runtime import open_model; open_model(folder)`, or `AutoModelForCausalLM.from_pretrained(folder, "
-            "trust_remote_code=True)`; the file lies in this folder and needs torch, transformers and safetensors. It unpacks "
-            f"while it loads and then needs about {unpacked} bytes."
-        )
-    limits = "; vLLM reads none but 8-bit and 4-bit weights" if report.profile == "custom" else ""
-    return (
-        f"Profile `{report.profile}`: opens in stock transformers with `AutoModelForCausalLM.from_pretrained`{limits}. Stock "
-        f"transformers unpacks quantized experts when it loads them and then needs about {unpacked} bytes; an engine that "
-        f"computes on packed weights needs {packed}."
-    )
-
-
-def _why_own_loader(report: Report) -> str:
-    """Say what of the artifact stock classes cannot describe."""
-    kept = {len(row.experts_kept) for row in report.blocks if row.experts_kept is not None}
-    reasons = {
-        "blocks keep different numbers of experts": len(kept) > 1 or any(count < 2 for count in kept),
-        "blocks have lost their MoE layer": any(row.moe_layer == "drop" for row in report.blocks),
-        "experts are skipped at run time": any(row.skip_beta is not None for row in report.blocks),
-    }
-    found = [reason for reason, holds in reasons.items() if holds]
-    return " and ".join(found or ["pruned weights are stored without their zeros"])
-
-
-def _settings(step: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in step.items() if key != "step" and value is not None)
 
 
 def _listed(items: list[Any]) -> str:

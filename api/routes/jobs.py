@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Annotated, Any
 
@@ -23,14 +24,15 @@ from api.dependencies import (
     refuse_unknown_parameters,
 )
 from api.errors import Problem
-from api.headers import idempotency_key_of, names_tag, require_accept, wait_of
+from api.headers import idempotency_key_of, names_tag, preferred, require_accept, wait_of
 from api.pages import link_to_next
-from api.schemas import JobList, JobView
+from api.schemas import NAMED, JobList, JobView
 from api.service import Service
 from api.submission import retry, submit
 from api.views import as_json, job_headers, job_view, job_views
 from api.waiting import Seen, see_when
 from compression.errors import SlimtrimError
+from compression.page.report_page import page_policy, report_page
 from jobs.database import unit_of_work
 from jobs.errors import JobNotFound
 from jobs.ids import parse_job_id
@@ -40,7 +42,7 @@ from jobs.status import JobStatus
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 log = logging.getLogger("slimtrim.api")
 
-JSON = "application/json"
+JSON, HTML = "application/json", "text/html"
 _LIST_PARAMETERS = ("status", "model", "limit", "after")
 _LABEL = "label."
 
@@ -154,20 +156,32 @@ def delete_job(caller: JobDeleter, service: Running, job_id: str) -> Response:
 @router.get(
     "/{job_id}/report",
     responses={
-        200: {"description": "What did happen, as data.", "content": {JSON: {"schema": {"type": "object"}}}},
+        200: {
+            "description": "What did happen, as data or as a page that needs nothing else.",
+            "content": {JSON: {"schema": {"type": "object", NAMED: "Report"}}, HTML: {"schema": {"type": "string"}}},
+        },
+        304: {"description": "The caller's copy is still right."},
         **problems(401, 403, 404, 409, 422, 429),
     },
+    openapi_extra={"parameters": [IF_NONE_MATCH]},
 )
 def get_report(request: Request, caller: ReportReader, work: Reader, job_id: str) -> Response:
-    """Return what was done to the model and what it cost. A page (text/html) is not available yet."""
-    require_accept(request.headers, JSON, later=["text/html"])
+    """Return what was done to the model and what it cost: as JSON, or as a page with plots for ``text/html``."""
+    form = preferred(request.headers, JSON, HTML)
     job = work.jobs.get(caller.name, parse_job_id(job_id))
     report = work.jobs.report(caller.name, job_id)
     if report is None:
         raise Problem(
             "report_not_ready", f"job {job_id} is {job.status}; only a succeeded job has a report", retryable=not job.is_over
         )
-    return Response(to_json(report), media_type=JSON)
+    content = to_json(report) if form == JSON else report_page(report).encode()
+    tag = f'"{hashlib.sha256(content).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Accept"}
+    if names_tag(request.headers.get("if-none-match"), tag, weakly=True):
+        return Response(status_code=304, headers=headers)
+    if form == HTML:
+        headers |= {"Content-Security-Policy": page_policy()}
+    return Response(content, headers=headers, media_type=form)
 
 
 async def _created(request: Request, service: Service, owner: str, added: Added) -> Response:

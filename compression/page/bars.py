@@ -7,28 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-_ACCENT = "var(--accent, currentColor)"
-_COLOURS = {"original": "var(--before, currentColor)", "rounded to nearest": "var(--before, currentColor)"}
-_COLOURS["for comparison"] = "var(--third, currentColor)"
+from compression.page.axes import ticks
+
+_ACCENT = "var(--artifact, currentColor)"
+_COLOURS = {"original": "var(--original, currentColor)", "rounded to nearest": "var(--original, currentColor)"}
+_COLOURS["for comparison"] = "var(--other, currentColor)"
 """Of a series by its name; the artifact's is the accent."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT, _FOOT = 640, 56, 8, 12, 190, 36
-
-
-def round_steps(most: float, count: int = 4) -> list[float]:
-    """Return about so many round numbers from 0 on, the last one not below ``most``."""
-    if most <= 0:
-        return [0.0, 1.0]
-    rough = most / count
-    size = 10 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
-    return [step * place for place in range(math.ceil(most / step - 1e-9) + 1)]
 
 
 def columns(
     names: Sequence[str], series: Mapping[str, Sequence[float | None]], *, across: str, up: str, write: Callable[[float], str]
 ) -> Markup:
     """Return upright bars, side by side for each name; None leaves a gap."""
-    steps = round_steps(max((value for values in series.values() for value in values if value is not None), default=0.0))
+    steps = ticks(0.0, max((value for values in series.values() for value in values if value is not None), default=0.0), 4)
     room = (_WIDTH - _LEFT - _RIGHT) / max(1, len(names))
     thick = room * 0.8 / len(series)
     floor = _HEIGHT - _FOOT

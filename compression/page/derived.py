@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-LEDGER_ROWS = 1500
+LEDGER_ROWS = 2000
 """A ledger of more rows is not in the page; ``page.ledger`` and ``page.errors`` are what it comes to."""
 _BLOCK = re.compile(r"\.(\d+)\.")
 _EXPERT = re.compile(r"experts\.(\d+)\.|\[(\d+)\]$")

@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from compression.page.axes import in_bytes
+
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
-_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def resolve(data: Any, path: str) -> Any:
@@ -22,14 +23,6 @@ def resolve(data: Any, path: str) -> Any:
             return None
         data = data.get(name) if name else data[int(place)]
     return data
-
-
-def in_bytes(count: float) -> str:
-    """Return a size with three digits and its unit, of 10^3 steps."""
-    for size, unit in _BYTES:
-        if abs(count) >= size:
-            return f"{count / size:.3g} {unit}" if count < 1e15 else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def in_seconds(seconds: float) -> str:

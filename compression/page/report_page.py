@@ -16,11 +16,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from compression.page.axes import in_bytes
 from compression.page.bars import columns, rows
 from compression.page.derived import LEDGER_ROWS, derive
-from compression.page.figures import RULES, Figures, in_bytes
+from compression.page.figures import RULES, Figures
 from compression.page.maps import fates, likenesses, usage
-from compression.page.plots import frontier_plot
+from compression.page.plots import Mark, frontier_plot, measured_plot
+from compression.plan import FrontierPoint
 
 Json = dict[str, Any]
 _HERE = Path(__file__).parent
@@ -92,9 +94,9 @@ def _embedded(data: Json) -> Markup:
 
 
 def _plots(data: Json) -> Json:
-    planning, errors = data.get("planning"), data["page"]["errors"]
+    errors = data["page"]["errors"]
     return {
-        "frontier": None if planning is None else _frontier(data, planning),
+        "frontier": _frontier(data),
         "losses": _losses(data["quality"]),
         "errors": columns(
             [str(row["block"]) for row in errors],
@@ -120,14 +122,21 @@ def _plots(data: Json) -> Json:
     }  # fmt: skip
 
 
-def _frontier(data: Json, planning: Json) -> Markup:
-    chosen = next((trial["bytes"] for trial in planning["trials"] if trial["chosen"]), None)
-    nearest = None
-    if chosen is not None and planning["frontier"]:
-        nearest = min(planning["frontier"], key=lambda point: abs(point["bytes"] - chosen))["bytes"]
-    return frontier_plot(
-        planning["frontier"], chosen=nearest, target_bytes=data["target_bytes"], original_bytes=data["bytes_before"]
-    )
+def _frontier(data: Json) -> Markup:
+    """Return size against quality: of the plans that could have been chosen, or else of the models that were made."""
+    target, planning = data["target_bytes"], data["planning"]
+    if planning is not None:
+        points = [FrontierPoint.model_validate(point) for point in planning["frontier"]]
+        chosen = next(((trial["bytes"], trial["measured_loss"]) for trial in planning["trials"] if trial["chosen"]), None)
+        return frontier_plot(points, chosen=chosen, target_bytes=target, original_bytes=data["bytes_before"])
+    quality = data["quality"]
+    marks = [
+        Mark("original", data["bytes_before"], quality["loss_before"], "original"),
+        Mark("artifact", data["bytes_after"], quality["loss_after"], "artifact"),
+    ]
+    if (alone := quality.get("quantized_only")) is not None:
+        marks.append(Mark("quantized only", alone["bytes"], alone["loss"], "other"))
+    return measured_plot(marks, target_bytes=target)
 
 
 def _losses(quality: Json) -> Markup:

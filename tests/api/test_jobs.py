@@ -308,8 +308,8 @@ def test_a_job_that_was_cancelled_will_never_have_a_report(face: Face):
     assert "cancelled" in problem["detail"]
 
 
-@pytest.mark.parametrize(("path", "accept"), [("report", "text/html"), ("report", "text/html;q=0.5, text/plain")])
-def test_a_form_of_answer_that_is_not_built_yet_is_refused_by_name(face: Face, path: str, accept: str):
-    answer = face.client.get(face.post_job()["links"][path], headers={"Accept": accept})
+@pytest.mark.parametrize("accept", ["text/html", "text/html;q=0.5, text/plain"])
+def test_the_page_of_a_job_without_a_report_is_not_ready_either(face: Face, accept: str):
+    answer = face.client.get(face.post_job()["links"]["report"], headers={"Accept": accept})
 
-    assert (answer.status_code, answer.json()["code"]) == (422, "not_available")
+    assert (answer.status_code, answer.json()["code"]) == (409, "report_not_ready")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compression.card import model_card
 from compression.measured import Quality
-from compression.report import BlockRow, LedgerRow, Report, Verification, model_card, worst_first
+from compression.report import BlockRow, LedgerRow, Report, Verification, worst_first
 
 QUALITY = Quality(tokens=1000, loss_before=2.0, loss_after=2.1, divergence=0.05, top1_agreement=0.9)
 WINDOWS = Verification(
@@ -163,7 +164,7 @@ def test_the_card_of_a_quantized_model_names_its_base_and_its_format_to_the_hub(
 
     assert card.startswith(
         "---\nbase_model: owner/name\nbase_model_relation: quantized\nlibrary_name: transformers\n"
-        "tags: [mixture-of-experts, slimtrim, compressed-tensors]\n---\n"
+        "pipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- slimtrim\n- compressed-tensors\n"
     )
     assert "4.00 times smaller" in card
     assert "- This is gone.\n- And that.\n" in card
@@ -180,14 +181,14 @@ def test_the_card_of_a_model_that_was_not_quantized_does_not_say_it_was():
 def test_the_card_of_a_model_from_a_folder_claims_no_base_on_the_hub():
     card = model_card(report(model="file:///models/mine/"))
 
-    assert "base_model" not in card
+    assert "base_model:" not in card
     assert "# mine, made smaller by slimtrim" in card
 
 
 @pytest.mark.parametrize(
     ("changes", "said", "unsaid"),
     [
-        ({}, "AutoModelForCausalLM.from_pretrained", "vLLM"),
+        ({}, "vLLM itself was not run", "open_model"),
         ({"profile": "custom"}, "vLLM reads none but 8-bit and 4-bit weights", "open_model"),
         ({"profile": "custom", "verification": PACKED}, "open_model(folder)", "opens in stock transformers"),
     ],

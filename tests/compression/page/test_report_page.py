@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from compression.page.bars import round_steps
+from compression.page.axes import in_bytes, ticks
 from compression.page.derived import LEDGER_ROWS
-from compression.page.figures import RULES, in_bytes, resolve
+from compression.page.figures import RULES, resolve
 from compression.page.pixels import picture
 from compression.page.report_page import page_policy, report_page
 from tests.compression.made_reports import STRANGE, full_report
@@ -158,14 +158,16 @@ def test_a_picture_has_the_cells_it_was_given():
     assert zlib.decompress(found[b"IDAT"]) == bytes([0, 0, 1, 2, 0, 2, 1, 0])
 
 
-@pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1000, "1 kB"), (2_100_000, "2.1 MB"), (94_000_000_000, "94 GB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 bytes"), (1000, "1.00 kB"), (2_100_000, "2.10 MB"), (94_000_000_000, "94.00 GB")]
+)
 def test_sizes_are_told_in_steps_of_a_thousand(count: int, text: str):
     assert in_bytes(count) == text
 
 
 @pytest.mark.parametrize("most", [0.0, 0.0073, 0.5, 1.0, 99.0, 12345.0])
 def test_axes_have_round_steps_that_hold_the_largest(most: float):
-    steps = round_steps(most)
+    steps = ticks(0.0, most, 4)
 
     assert steps[0] == 0
     assert steps[-1] >= most
