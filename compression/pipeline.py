@@ -72,7 +72,7 @@ def compress(
 
     ``host_memory``: bytes that this run may plan with; what is free when it is not given. ``studies``: folder in which studies
     are kept and found again; without one, every run looks at the untouched model anew. ``shelf``: where finished blocks outlive
-    this run, and from where those of an earlier attempt are taken. ``tasks``: the operator's folder of benchmarks, trusted as code.
+    this run, and from where those of an earlier attempt are taken. ``tasks``: a folder of benchmarks, which may run code.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()

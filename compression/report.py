@@ -204,9 +204,10 @@ class Beside(NamedTuple):
 
 
 def worst_first(
-    quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...], *, beside: Beside = Beside()
+    quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...], *, beside: Beside | None = None
 ) -> tuple[str, ...]:
     """Return what was lost, in sentences, the worst first."""
+    beside = beside or Beside()
     # A stable sort: what was kept alike stays in this order.
     news = [text for _, text in sorted(_of_measures(quality, beside.benchmarks), key=lambda kept: kept[0])]
     news += _of_generation(beside.generation)
@@ -245,7 +246,7 @@ def _of_measures(quality: Quality, benchmarks: Benchmarks | None) -> Iterator[tu
         yield (
             row.retention,
             f"Worst of {len({row.task for row in rows})} benchmarks: {row.task} ({row.metric}) went from {row.before:.4f} to "
-            f"{row.after:.4f}{chance}; {row.retention:.1%} is kept.",
+            f"{row.after:.4f}{chance}; {max(0.0, row.retention):.1%} of the lead is kept.",
         )
 
 

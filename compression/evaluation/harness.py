@@ -8,6 +8,7 @@ wrote, or be scored by code that the hub serves, is refused.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping
@@ -95,19 +96,20 @@ def _is_of_network(kind: type[BaseException]) -> bool:
 
 
 def _evaluate(given: Line, manager: Any, say: Say) -> Mapping[str, Any]:
-    import lm_eval
     from lm_eval.models import huggingface
 
     from compression.evaluation.opened import device_of_run, needs_own_loader, open_whole
 
     huggingface.tqdm = _telling(huggingface.tqdm, say)  # the harness has no other way of saying how far it is
+    evaluator: Any = importlib.import_module("lm_eval.evaluator")
+    open_by_harness: Any = huggingface.HFLM
     folder = Path(given["model"])
     settings: dict[str, Any] = {"batch_size": given["batch_size"], "device": str(device_of_run())}
     if needs_own_loader(folder):
-        model = huggingface.HFLM(pretrained=open_whole(folder), tokenizer=str(folder), **settings)
+        model = open_by_harness(pretrained=open_whole(folder), tokenizer=str(folder), **settings)
     else:
-        model = huggingface.HFLM(pretrained=str(folder), **settings)
-    return lm_eval.simple_evaluate(
+        model = open_by_harness(pretrained=str(folder), **settings)
+    return evaluator.simple_evaluate(
         model=model, tasks=given["tasks"], limit=given["limit"], task_manager=manager, log_samples=True, **settings
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _paired(means: Sequence[float]) -> dict[str, float]:
     return dict(zip(("loss_before", "loss_after", "divergence", "top1_agreement"), means, strict=True))
 
 
-def _baseline(means: Sequence[float]) -> dict[str, float]:
+def _baseline(means: Sequence[float]) -> dict[str, Any]:
     return dict(zip(("loss", "divergence", "top1_agreement"), means[1:], strict=True))
 
 

@@ -64,15 +64,16 @@ def run_child(module: str, work: Line, *, check: Callable[[], None], on_progress
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            for pipe in (child.stdin, child.stdout):
+            for pipe in filter(None, (child.stdin, child.stdout)):
                 with suppress(OSError):
-                    pipe and pipe.close()
+                    pipe.close()
         return _understood(result, child.returncode, module, noise)
 
 
 def _listen(child: subprocess.Popen[bytes], work: Line, check: Callable[[], None], on_progress: Say) -> Line | None:
     """Return the child's last word; None when it died without one."""
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     lines: SimpleQueue[bytes | None] = SimpleQueue()
     threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
     with suppress(BrokenPipeError):  # it died at once; its silence says so below

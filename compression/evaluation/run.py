@@ -201,7 +201,8 @@ def _benchmarks(run: Run, parts: _Parts) -> Benchmarks:
 
 def _generation(run: Run, parts: _Parts) -> Generation:
     settings = run.request.evaluation
-    assert settings.generation is not None and run.prompts is not None, "asked for and read"
+    assert settings.generation is not None, "asked for"
+    assert run.prompts is not None, "read at the beginning"
     prompts, source = run.prompts
     work = {
         "prompts": [prompt.prompt for prompt in prompts],

@@ -34,7 +34,7 @@ def work(given: Line, say: Say) -> Line:
         if round_ == 1 and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # what opening and the first call needed is not what running needs
         prefill, stepped, cache = _round(model, ids_BS, given["new_tokens"])
-        prefills, steps = ([], []) if round_ == 0 else (prefills + [prefill], steps + stepped)
+        prefills, steps = ([], []) if round_ == 0 else ([*prefills, prefill], steps + stepped)
         say(round_ + 1, given["rounds"] + 1)
     return {
         "prefills": prefills,

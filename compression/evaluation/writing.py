@@ -7,6 +7,7 @@ model carries are not used but for the tokens that end an answer: a repetition p
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def work(given: Line, say: Say) -> Line:
         asked = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             written = model.generate(**asked, generation_config=greedy)
-        ends = set(greedy.eos_token_id or ())
-        answers += [_until_end(row, ends) for row in written[:, batch.input_ids.shape[1] :].tolist()]
+        answers += [_until_end(row, greedy.eos_token_id or ()) for row in written[:, batch.input_ids.shape[1] :].tolist()]
         say(len(answers), len(given["prompts"]))
     return {"tokens": answers, "texts": [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]}
 
@@ -40,12 +40,11 @@ def _greedy(model: Any, tokenizer: Any, new_tokens: int) -> GenerationConfig:
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     ends = [ends] if isinstance(ends, int) else ends
-    return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-    )
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad)
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
     """Return an answer without the token that ended it and the padding behind that."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
