@@ -240,13 +240,14 @@ def _of_measures(quality: Quality, benchmarks: Benchmarks | None) -> Iterator[tu
             f"Worst on text of the kind {worst.name!r}: perplexity went from {worst.perplexity_before:.2f} to "
             f"{worst.perplexity_after:.2f} ({_change(worst)}) on {worst.tokens} tokens.",
         )
-    rows = [row for row in (benchmarks.rows if benchmarks is not None else ()) if row.retention is not None]
-    if rows and (row := rows[0]).retention is not None and row.retention < 1:
+    kept = [(row.retention, row) for row in (benchmarks.rows if benchmarks is not None else ()) if row.retention is not None]
+    if kept and kept[0][0] < 1:
+        retention, row = kept[0]
         chance = "" if row.chance is None else f" where guessing scores {row.chance:.4f}"
         yield (
-            row.retention,
-            f"Worst of {len({row.task for row in rows})} benchmarks: {row.task} ({row.metric}) went from {row.before:.4f} to "
-            f"{row.after:.4f}{chance}; {max(0.0, row.retention):.1%} of the lead is kept.",
+            retention,
+            f"Worst of {len({row.task for _, row in kept})} benchmarks: {row.task} ({row.metric}) went from {row.before:.4f} to "
+            f"{row.after:.4f}{chance}; {max(0.0, retention):.1%} of the lead is kept.",
         )
 
 

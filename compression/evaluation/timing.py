@@ -40,7 +40,7 @@ def work(given: Line, say: Say) -> Line:
         "prefills": prefills,
         "steps": steps,
         "weights_bytes": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
-        "kv_bytes": sum(tensor.nbytes for tensor in _tensors(cache, set())),
+        "kv_bytes": sum(tensor.nbytes for tensor in _tensors(cache, {})),
         "peak_bytes": _peak(),
         "engine": engine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -72,11 +72,11 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield every tensor that a cache holds, whatever its layers are made of."""
+def _tensors(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+    """Yield every tensor that a cache holds, whatever its layers are made of; ``seen`` also keeps alive what it knows by id."""
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
