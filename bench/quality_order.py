@@ -111,7 +111,7 @@ def perplexities(given: argparse.Namespace, step: dict[str, Any], seed: int) -> 
         run.compress_blocks()
         with patch.object(perplexity, "_Swept", _swept_once):
             run.evaluate()
-    return run.quality.perplexity_before, run.quality.perplexity_after
+    return run.measured.quality.perplexity_before, run.measured.quality.perplexity_after
 
 
 if __name__ == "__main__":

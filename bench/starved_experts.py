@@ -72,7 +72,7 @@ def loss_rise(given: argparse.Namespace, method: str, samples: int, seed: int) -
         run.study_and_choose()
         run.compress_blocks()
         run.evaluate()
-    return run.quality.loss_after - run.quality.loss_before
+    return run.measured.quality.loss_after - run.measured.quality.loss_before
 
 
 if __name__ == "__main__":

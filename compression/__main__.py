@@ -31,11 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint to compress")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the artifact; new or empty")
     parser.add_argument("--studies", type=Path, default=_studies(), metavar="FOLDER", help="where studies of models are kept")
+    own = "benchmarks of your own, for lm-evaluation-harness; what lies there may run code"
+    parser.add_argument("--tasks", type=Path, metavar="FOLDER", help=own)
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     logging.basicConfig(level=os.environ.get("SLIMTRIM_LOG", "WARNING"))
     try:
-        report = run(given.recipe, given.model, given.out, console, studies=given.studies)
+        report = run(given.recipe, given.model, given.out, console, studies=given.studies, tasks=given.tasks)
     except SlimtrimError as error:
         console.print(f"[bold red]{error.code}[/]: {error.message}", highlight=False)
         return 1
@@ -52,16 +54,20 @@ def _studies() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtrim" / "studies"
 
 
-def run(recipe: Path, model: Path, out: Path, console: Console, *, studies: Path | None = None) -> Report:
+def run(
+    recipe: Path, model: Path, out: Path, console: Console, *, studies: Path | None = None, tasks: Path | None = None
+) -> Report:
     """Read the recipe file and compress, drawing a progress bar on the console."""
     request = read_request(recipe, model)
     if out.exists() and any(out.iterdir()):
         raise ValidationFailed(f"{out} is not empty; name a new folder")
+    if tasks is not None and not tasks.is_dir():
+        raise ValidationFailed(f"there is no folder of tasks {tasks}")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars would tear ours
     from compression.pipeline import compress  # torch takes seconds to load: not before the request is known to be sound
 
     with Bar(console) as bar:
-        return compress(request, model, out, bar, studies=studies)
+        return compress(request, model, out, bar, studies=studies, tasks=tasks)
 
 
 def read_request(recipe: Path, model: Path) -> Compression:

@@ -63,20 +63,14 @@ class TokenSet:
 
 def load_calibration(settings: Calibration, tokenizer_folder: Path) -> TokenSet:
     """Return the tokens that statistics are taken on."""
-    if isinstance(settings.source, tuple):
-        parts = [_Part.of(domain, index) for index, domain in enumerate(settings.source)]
-    else:
-        parts = [_Part(settings.source, "calibration", "/calibration/source")]
-    _refuse_doubles(parts)
     wanted = _Wanted(settings.samples, settings.sequence_length, settings.seed)
-    return _load(parts, wanted, tokenizer_folder)
+    return _load(_parts(settings.source, "calibration", "/calibration/source"), wanted, tokenizer_folder)
 
 
 def load_evaluation(settings: Perplexity, tokenizer_folder: Path, *, sequence_length: int) -> TokenSet:
     """Return the held-out tokens; ``sequence_length`` holds where the settings name none."""
-    part = _Part(settings.source, "evaluation", "/evaluation/perplexity/source")
     wanted = _Wanted(settings.samples, settings.sequence_length or sequence_length, _EVALUATION_SEED)
-    return _load([part], wanted, tokenizer_folder)
+    return _load(_parts(settings.source, "evaluation", "/evaluation/perplexity/source"), wanted, tokenizer_folder)
 
 
 def refuse_overlap(calibration: TokenSet, evaluation: TokenSet) -> float:
@@ -118,12 +112,12 @@ class _Part:
     given_name: str | None = None
 
     @classmethod
-    def of(cls, domain: Domain, index: int) -> _Part:
-        pointer = f"/calibration/source/{index}"
+    def of(cls, domain: Domain, purpose: Purpose, pointer: str, index: int) -> _Part:
+        pointer = f"{pointer}/{index}"
         if not math.isfinite(domain.weight):
             raise ValidationFailed(f"weight {domain.weight} is not a finite number", pointer=f"{pointer}/weight")
         name = f"inline {index}" if domain.name is None and isinstance(domain.source, InlineText) else domain.name
-        return cls(domain.source, "calibration", f"{pointer}/source", weight=domain.weight, given_name=name)
+        return cls(domain.source, purpose, f"{pointer}/source", weight=domain.weight, given_name=name)
 
     @property
     def label(self) -> str:
@@ -140,6 +134,14 @@ class _Reading:
     text_tokens: dict[bytes, int]
     documents: int
     to_the_end: bool
+
+
+def _parts(source: str | InlineText | tuple[Domain, ...], purpose: Purpose, pointer: str) -> list[_Part]:
+    if not isinstance(source, tuple):
+        return [_Part(source, purpose, pointer)]
+    parts = [_Part.of(domain, purpose, pointer, index) for index, domain in enumerate(source)]
+    _refuse_doubles(parts)
+    return parts
 
 
 def _refuse_doubles(parts: Sequence[_Part]) -> None:

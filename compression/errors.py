@@ -9,7 +9,7 @@
     │       RemoteCodeRequired, QuantizedSource
     ├── RunError                the machine's or the weights' turn: found while a job runs
     │   ├── GatedModel, DownloadFailed, OutOfGpuMemory, OutOfHostMemory, DiskFull
-    │   └── ConstraintViolated, NonFiniteWeights, VerificationFailed
+    │   └── ConstraintViolated, EvaluationFailed, NonFiniteWeights, VerificationFailed
     └── Stopped                 not an error: the run was asked to stop and did
 
 ``code`` is what programs switch on and never changes; the message names the value and the way out.
@@ -173,6 +173,12 @@ class ConstraintViolated(RunError):
     """The artifact is worse than ``constraints`` allow."""
 
     code = "constraint_violated"
+
+
+class EvaluationFailed(RunError):
+    """Something beside perplexity was to be measured, and the measuring failed."""
+
+    code = "evaluation_failed"
 
 
 class NonFiniteWeights(RunError):

@@ -123,12 +123,14 @@ class BenchmarkRow(Record):
     def retention(self) -> float | None:
         """Chance-adjusted: (after - chance) / (before - chance); None where the original is no better than chance.
 
+        No better: by no more than one standard error, or a quotient of two noises could be the report's worst news.
         For a metric of which less is better: before / after.
         """
         if not self.higher_is_better:
             return self.before / self.after if self.after > 0 else None
         floor = self.chance or 0.0
-        return (self.after - floor) / (self.before - floor) if self.before > floor else None
+        lead = self.before - floor
+        return (self.after - floor) / lead if lead > (self.stderr_before or 0.0) else None
 
     @computed_field
     @property

@@ -25,11 +25,11 @@ from compression.checkpoint.writer import Writer, sparse_config, write_json
 from compression.companions import check_generation_config, check_token_ids
 from compression.compress import Compressor
 from compression.errors import ConstraintViolated, VerificationFailed
-from compression.evaluation.perplexity import measure
+from compression.evaluation.run import Measured, evaluate, prepare
 from compression.evaluation.verification import verify
-from compression.measured import Quality
+from compression.measured import NotMeasured
 from compression.memory import bound_kernel_caches
-from compression.methods import Choice, at_random, choose_cuts, merger, parts_for
+from compression.methods import Choice, choose_cuts, merger, parts_for
 from compression.observer import Observer, weigh
 from compression.page.report_page import report_page
 from compression.plan import Plan, make_plan
@@ -38,10 +38,10 @@ from compression.planner.known import remember
 from compression.planner.sizes import packed_pattern
 from compression.planner.trims import least_experts
 from compression.progress import Listener, Progress, Silent, Stage
-from compression.recipe import AnyStep, ExpertDrop, ExpertMerge, LayerDrop, Prune, Quantize, Recipe
+from compression.recipe import AnyStep, LayerDrop, Prune, Quantize, Recipe
 from compression.report import LedgerRow, Report, Verification
 from compression.reporting import environment_of, report_of
-from compression.request import Compression
+from compression.request import Compression, Prompt
 from compression.resume import FinishedBlocks, fingerprint_of
 from compression.shelf import Shelf
 from compression.slim import Slimming
@@ -53,7 +53,6 @@ from compression.trimming.dense_layers import stock_layer_drop, zero_dense_width
 from compression.trimming.routers import Routers
 from compression.trimming.view import TrimmedReader
 
-_LOTS_SEED = 0
 _WRITTEN_OUT: dict[Stage, float] = {"planning": 1, "studying": 15}
 """Shares of the stages before compressing, for a recipe that is written out."""
 _WITNESS_TOKENS = 512
@@ -69,17 +68,19 @@ def compress(
     host_memory: int | None = None,
     studies: Path | None = None,
     shelf: Shelf | None = None,
+    tasks: Path | None = None,
 ) -> Report:
     """Compress the checkpoint in folder ``model`` into folder ``out`` as the request asks, and report what was lost.
 
     ``host_memory``: bytes that this run may plan with; what is free when it is not given. ``studies``: folder in which studies
     are kept and found again; without one, every run looks at the untouched model anew. ``shelf``: where finished blocks outlive
-    this run, and from where those of an earlier attempt are taken.
+    this run, and from where those of an earlier attempt are taken. ``tasks``: a folder of benchmarks, which may run code.
     Raises RequestError for what can never succeed, RunError for what went wrong, Stopped when the listener asked.
     """
     bound_kernel_caches()
     memory = host_memory or psutil.virtual_memory().available
-    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, studies=studies, shelf=shelf)
+    kept = {"studies": studies, "shelf": shelf, "tasks": tasks}
+    run = Run(request, open_source(model, _device()), out, listener or Silent(), memory, **kept)
     with run.stage("resolving" if run.is_open else "planning"):
         run.plan_and_load_text()
     with run.stage("studying"):
@@ -117,7 +118,10 @@ class Run:
     shelf: Shelf | None = None
     study: Study | None = None
     study_reused: bool = False
+    tasks: Path | None = None
     warnings: list[dict[str, str]] = field(default_factory=list)
+    not_measured: list[NotMeasured] = field(default_factory=list)
+    prompts: tuple[list[Prompt], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.architecture: Architecture = find_architecture(self.reader.config)
@@ -136,7 +140,7 @@ class Run:
     def plan_and_load_text(self) -> None:
         """Resolve the recipe against the headers; read the text that it is calibrated and judged on."""
         self.inventory = take_inventory(self.reader.checkpoint)
-        self._follow(make_plan(self.request, self.reader.checkpoint))
+        self.follow(make_plan(self.request, self.reader.checkpoint))
         if self.is_open and self.steps:
             self.parts = parts_to_study(self.inventory)
         settings = self.request.calibration
@@ -153,11 +157,13 @@ class Run:
             for ids in (text.ids_NS, text.spare_NS) if text is not None else ():
                 check_token_ids(ids, vocabulary)
             for note in text.description["warnings"] if text is not None else []:
-                self._warn("text", note)
+                self.warn("text", note)
         for warning in self.plan.warnings if not self.plan.provisional else ():
-            self._warn(warning.code, warning.message)
+            self.warn(warning.code, warning.message)
+        prepare(self)
 
-    def _follow(self, plan: Plan) -> None:
+    def follow(self, plan: Plan) -> None:
+        """Take the plan's steps as those of this run."""
         self.plan = plan
         self.steps: tuple[AnyStep, ...] = Recipe.model_validate({"steps": plan.steps}).steps if plan.steps else ()
         self.quantize = next((step for step in self.steps if isinstance(step, Quantize)), None)
@@ -168,7 +174,8 @@ class Run:
             packed_pattern(self.steps, self.request.profile, self.architecture),
         )
 
-    def _warn(self, code: str, message: str) -> None:
+    def warn(self, code: str, message: str) -> None:
+        """Say it at once, and keep it for the report."""
         self.warnings.append({"code": code, "message": message})
         self.progress.warn(code, message)
 
@@ -191,12 +198,12 @@ class Run:
             self._keep_study()
         if self.studies is not None:
             remember(self.studies, self.request, self.reader.checkpoint, prices)
-        self._follow(plan)
+        self.follow(plan)
         self.progress.settled(plan.model_dump(mode="json"))
         if note := self._pricing().text.note:
-            self._warn("priced_on_samples", note)
+            self.warn("priced_on_samples", note)
         for warning in plan.warnings:
-            self._warn(warning.code, warning.message)
+            self.warn(warning.code, warning.message)
 
     def choose(self) -> None:
         """Decide what goes."""
@@ -267,7 +274,7 @@ class Run:
 
     def compress_blocks(self) -> None:
         """Write the artifact, block by block, and check it against the plan."""
-        trimmed = self._trimmed(self.cuts)
+        trimmed = self.trimmed(self.cuts)
         config = dict(trimmed.config)
         if self.quantize is not None:
             config |= quantized_entries(self.architecture, self.quantize, trimmed.config, self.cuts.blocks)
@@ -298,10 +305,11 @@ class Run:
         for note in finished.notes():
             if not note.same:
                 where = ", ".join(f"{name} {version}" for name, version in note.environment.items())
-                self._warn("mixed_environments", f"{len(note.blocks)} blocks were made by an earlier attempt with {where}")
+                self.warn("mixed_environments", f"{len(note.blocks)} blocks were made by an earlier attempt with {where}")
         return finished
 
-    def _trimmed(self, cuts: Cuts) -> TrimmedReader:
+    def trimmed(self, cuts: Cuts) -> TrimmedReader:
+        """Return the original with these cuts made, as it is read."""
         merge = merger(self.architecture, cuts, self.study)
         return TrimmedReader(self.reader, self.architecture, cuts, zero_width=self._zero_width(), merge=merge)
 
@@ -327,24 +335,8 @@ class Run:
         self.ids_BS, self.logits_BSV = witness.ids[0], next(witness.logits(artifact))
 
     def evaluate(self) -> None:
-        """Measure original and artifact on held-out text, and beside them what lots would have kept."""
-        lots = self._drawn_by_lot()
-        self.quality: Quality = measure(
-            open_source(self.reader.folder, self.device),
-            Reader(self.out),
-            self.evaluation.ids_NS,
-            device=self.device,
-            on_block=self.progress.block,
-            lots=None if lots is None else (self._trimmed(lots), _LOTS_SEED),
-        )
-
-    def _drawn_by_lot(self) -> Cuts | None:
-        """Return the same trims with experts drawn by lot; None where no criterion chooses any."""
-        chosen = [step for step in self.steps if isinstance(step, ExpertDrop | ExpertMerge)]
-        if all(isinstance(step, ExpertDrop) and step.criterion == "random" for step in chosen):
-            return None
-        steps = tuple(at_random(step, _LOTS_SEED) for step in self.steps)
-        return choose_cuts(steps, self.study, self.whole, self.choice)
+        """Measure original and artifact side by side."""
+        self.measured: Measured = evaluate(self)
 
     def verify(self) -> None:
         """Prove that the artifact opens, is what was computed, and is as big as was planned."""

@@ -112,13 +112,13 @@ class Progress:
         """Announce that a stage begins; raises ``Stopped`` when the listener wants to stop."""
         self._stage = stage
         self._listener.on_event(StageStarted(stage, round(self._start[stage], 4)))
-        self._check()
+        self.check()
 
     def block(self, done: int, blocks: int, message: str) -> None:
         """Announce ``done`` of ``blocks`` in the current stage; raises ``Stopped`` on request."""
         fraction = self._start[self._stage] + self._share[self._stage] * done / blocks
         self._listener.on_event(BlockDone(self._stage, done, blocks, round(min(fraction, 1.0), 4), message))
-        self._check()
+        self.check()
 
     def warn(self, code: str, message: str) -> None:
         """Pass a warning on."""
@@ -128,6 +128,7 @@ class Progress:
         """Say which plan is followed from here on."""
         self._listener.on_event(PlanSettled(plan))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ``Stopped`` when the listener wants to stop."""
         if self._listener.should_stop():
             raise Stopped("stopped on request at a block's end")

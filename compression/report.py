@@ -5,12 +5,12 @@ The report is data. Its worst news comes first in ``lost``, in sentences drawn f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, computed_field
 
-from compression.measured import Benchmarks, Generation, NotMeasured, Quality, Record, Speed
+from compression.measured import Benchmarks, Generation, NotMeasured, Paired, Quality, Record, Speed
 from compression.plan import FrontierPoint, PlanTrial
 
 
@@ -212,14 +212,23 @@ class Report(Record):
 _ERRORS = {"outputs": "a weight's outputs", "weights_times_inputs": "a weight times its inputs", "weights": "a weight"}
 
 
-def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...]) -> tuple[str, ...]:
+class Beside(NamedTuple):
+    """What was measured besides perplexity, and what could not be."""
+
+    benchmarks: Benchmarks | None = None
+    generation: Generation | None = None
+    not_measured: tuple[NotMeasured, ...] = ()
+
+
+def worst_first(
+    quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[LedgerRow, ...], *, beside: Beside | None = None
+) -> tuple[str, ...]:
     """Return what was lost, in sentences, the worst first."""
-    news: list[str] = []
-    change = quality.perplexity_after / quality.perplexity_before - 1
-    news.append(
-        f"Perplexity went from {quality.perplexity_before:.2f} to {quality.perplexity_after:.2f} ({change:+.1%}) on "
-        f"{quality.tokens} held-out tokens; the next token differs for {1 - quality.top1_agreement:.1%} of them."
-    )
+    beside = beside or Beside()
+    # A stable sort: what was kept alike stays in this order.
+    news = [text for _, text in sorted(_of_measures(quality, beside.benchmarks), key=lambda kept: kept[0])]
+    news += _of_generation(beside.generation)
+    news += [f"{note.what.replace('_', ' ').capitalize()} could not be measured: {note.reason}." for note in beside.not_measured]
     if dropped := [row.index for row in blocks if row.action == "drop"]:
         news.append(f"{len(dropped)} of {len(blocks)} blocks are gone: {_listed(dropped)}.")
     if (random := quality.random_drop) is not None and random.loss <= quality.loss_after:
@@ -232,6 +241,50 @@ def worst_first(quality: Quality, blocks: tuple[BlockRow, ...], ledger: tuple[Le
     news += _of_experts(blocks)
     news += _of_ledger(ledger)
     return tuple(news)
+
+
+def _of_measures(quality: Quality, benchmarks: Benchmarks | None) -> Iterator[tuple[float, str]]:
+    """Yield the retention and a sentence of the whole text, of the worst kind of text and of the worst benchmark."""
+    yield (
+        quality.retention,
+        f"Perplexity went from {quality.perplexity_before:.2f} to {quality.perplexity_after:.2f} ({_change(quality)}) on "
+        f"{quality.tokens} held-out tokens; the next token differs for {1 - quality.top1_agreement:.1%} of them.",
+    )
+    if len(quality.domains) > 1:
+        worst = quality.domains[0]
+        yield (
+            worst.retention,
+            f"Worst on text of the kind {worst.name!r}: perplexity went from {worst.perplexity_before:.2f} to "
+            f"{worst.perplexity_after:.2f} ({_change(worst)}) on {worst.tokens} tokens.",
+        )
+    kept = [(row.retention, row) for row in (benchmarks.rows if benchmarks is not None else ()) if row.retention is not None]
+    if kept and kept[0][0] < 1:
+        retention, row = kept[0]
+        chance = "" if row.chance is None else f" where guessing scores {row.chance:.4f}"
+        yield (
+            retention,
+            f"Worst of {len({row.task for _, row in kept})} benchmarks: {row.task} ({row.metric}) went from {row.before:.4f} to "
+            f"{row.after:.4f}{chance}; {max(0.0, retention):.1%} of the lead is kept.",
+        )
+
+
+def _change(paired: Paired) -> str:
+    return f"{paired.perplexity_after / paired.perplexity_before - 1:+.1%}"
+
+
+def _of_generation(generation: Generation | None) -> list[str]:
+    news: list[str] = []
+    if generation is None:
+        return news
+    before, after = generation.before, generation.after
+    if before.exact_match is not None and after.exact_match is not None and after.exact_match < before.exact_match:
+        news.append(f"Answers as expected went from {before.exact_match:.1%} to {after.exact_match:.1%} of the prompts that say.")
+    if after.repetition > before.repetition:
+        news.append(
+            f"It repeats itself more: {after.repetition:.1%} of the 4-grams in what it writes stood there before, "
+            f"{before.repetition:.1%} with the original."
+        )
+    return news
 
 
 def _of_experts(blocks: tuple[BlockRow, ...]) -> list[str]:

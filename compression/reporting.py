@@ -13,7 +13,7 @@ import transformers
 from compression.analysis.tables import analysis_tables
 from compression.calibration import TokenSet
 from compression.recipe import Analyze
-from compression.report import BlockRow, PlanningNote, Report, StudyNote, worst_first
+from compression.report import Beside, BlockRow, PlanningNote, Report, StudyNote, worst_first
 
 if TYPE_CHECKING:
     from compression.pipeline import Run
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def report_of(run: Run) -> Report:
     """Put together what happened."""
-    blocks, ledger = _block_rows(run), tuple(run.ledger)
+    blocks, ledger, measured = _block_rows(run), tuple(run.ledger), run.measured
     return Report(
         model=run.request.model,
         revision=run.request.revision,
@@ -33,8 +33,12 @@ def report_of(run: Run) -> Report:
         target_bytes=run.plan.target_bytes,
         memory=dict(run.plan.memory),
         components=dict(run.plan.components),
-        quality=run.quality,
-        lost=worst_first(run.quality, blocks, ledger),
+        quality=measured.quality,
+        benchmarks=measured.benchmarks,
+        generation=measured.generation,
+        speed=measured.speed,
+        not_measured=tuple(run.not_measured),
+        lost=worst_first(measured.quality, blocks, ledger, beside=_beside(run)),
         warnings=tuple(run.warnings),
         blocks=blocks,
         ledger=ledger,
@@ -49,6 +53,10 @@ def report_of(run: Run) -> Report:
         versions=environment_of(run.device),
         resumed=run.finished.notes(),
     )
+
+
+def _beside(run: Run) -> Beside:
+    return Beside(run.measured.benchmarks, run.measured.generation, tuple(run.not_measured))
 
 
 def _analysis(run: Run) -> dict[str, Any] | None:

@@ -106,17 +106,76 @@ class Calibration(Settings):
 class Perplexity(Settings):
     """Held-out text on which loss and divergence are measured."""
 
-    source: TextSource = "default"
+    source: TextSource | Annotated[tuple[Domain, ...], Field(min_length=1, max_length=16)] = "default"
     samples: Annotated[int, Field(ge=1, le=2**20)] = 64
     sequence_length: Annotated[int, Field(ge=8, le=2**20)] | None = Field(default=None, description="Default: as calibration.")
+
+
+class Prompt(Settings):
+    """What a model is asked to continue, and what its answer should begin with."""
+
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=2**17)]
+    expected: Annotated[str, StringConstraints(min_length=1, max_length=2**17, pattern=r"\S")] | None = None
+
+
+def _small_prompts(prompts: tuple[str | Prompt, ...]) -> tuple[str | Prompt, ...]:
+    size = sum(len(p.encode()) if isinstance(p, str) else len(p.model_dump_json()) for p in prompts)
+    if size > _MAX_INLINE:
+        raise ValueError(f"prompts of {size} bytes; at most {_MAX_INLINE}: put longer sets in a file")
+    if not all(p for p in prompts):
+        raise ValueError("a prompt is empty")
+    return prompts
+
+
+def _not_default(source: str) -> str:
+    if source == "default":
+        raise ValueError('there is no default set of prompts; name a file of JSON lines with "prompt", or list prompts')
+    return _known_text_source(source)
+
+
+PromptSource = (
+    Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_not_default)]
+    | Annotated[tuple[str | Prompt, ...], Field(min_length=1, max_length=4096), AfterValidator(_small_prompts)]
+)
+
+
+class GenerationSettings(Settings):
+    """Prompts that both models continue greedily."""
+
+    source: PromptSource = Field(
+        description='"file://...", "hub:..." or "s3://..." of records with "prompt", or prompts themselves.'
+    )
+    prompts: Annotated[int, Field(ge=1, le=4096, description="The first so many of the source.")] = 32
+    new_tokens: Annotated[int, Field(ge=1, le=8192, description="Per prompt, at most.")] = 64
+
+
+class SpeedSettings(Settings):
+    """What is timed: prefill of a context, then decoding token by token, several rounds of both."""
+
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=8)] = (1, 8)
+    context_tokens: Annotated[int, Field(ge=1, le=2**20)] = 128
+    new_tokens: Annotated[int, Field(ge=1, le=2**16)] = 32
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+TaskName = Annotated[str, StringConstraints(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+:|-]*$")]
 
 
 class Evaluation(Settings):
     """What is measured on the original and on the artifact."""
 
     perplexity: Perplexity = Perplexity()
-    benchmarks: tuple[str, ...] = ()
-    speed: bool = False
+    baselines: bool = Field(default=False, description="Also measure the same quantization without the trims.")
+    benchmarks: Annotated[tuple[TaskName, ...], Field(max_length=64, description="Tasks of lm-evaluation-harness.")] = ()
+    benchmark_limit: Annotated[int, Field(ge=1, le=2**31)] | None = Field(default=None, description="Samples per task at most.")
+    batch_size: Annotated[int, Field(ge=1, le=1024, description="Of benchmarks and generation.")] = 8
+    generation: GenerationSettings | None = None
+    speed: bool | SpeedSettings = False
+
+    @property
+    def speed_settings(self) -> SpeedSettings | None:
+        """What to time; None where nothing is."""
+        return self.speed if isinstance(self.speed, SpeedSettings) else SpeedSettings() if self.speed else None
 
 
 class Compression(Settings):

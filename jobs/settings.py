@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     model_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = Field(
         (), description="What s3:// models and texts may be read from, comma-separated: bucket or bucket/prefix."
     )
+    tasks_dir: Path | None = Field(
+        None, description="Folder of benchmarks of your own for lm-evaluation-harness; what lies there may run code."
+    )
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (), description="Callers, comma-separated: name:scope+scope:sha256-of-key. Made by python -m jobs.keys entry NAME."
     )

@@ -117,13 +117,20 @@ def fetch_texts(request: Compression, destination: Path, settings: Settings) -> 
 
 
 def _texts(request: Compression) -> list[tuple[str, str | InlineText]]:
-    source = request.calibration.source
-    calibration = _domains(source) if isinstance(source, tuple) else [("/calibration/source", source)]
-    return [*calibration, ("/evaluation/perplexity/source", request.evaluation.perplexity.source)]
+    texts = [
+        *_domains(request.calibration.source, "/calibration/source"),
+        *_domains(request.evaluation.perplexity.source, "/evaluation/perplexity/source"),
+    ]
+    generation = request.evaluation.generation
+    if generation is not None and isinstance(generation.source, str):
+        texts.append(("/evaluation/generation/source", generation.source))
+    return texts
 
 
-def _domains(domains: tuple[Domain, ...]) -> list[tuple[str, str | InlineText]]:
-    return [(f"/calibration/source/{index}/source", domain.source) for index, domain in enumerate(domains)]
+def _domains(source: str | InlineText | tuple[Domain, ...], pointer: str) -> list[tuple[str, str | InlineText]]:
+    if not isinstance(source, tuple):
+        return [(pointer, source)]
+    return [(f"{pointer}/{index}/source", domain.source) for index, domain in enumerate(source)]
 
 
 def _check_text_file(source: str, pointer: str, settings: Settings) -> None:

@@ -89,9 +89,14 @@ class Attempt:
         places = {"out": workspace.out, "parts": workspace.parts, "studies": self._room.settings.studies_folder}
         work = {
             "request": self._request(), "model": fetched["folder"], "texts": fetched["texts"],
-            "host_memory": self._room.settings.job_memory_bytes, **{name: str(place) for name, place in places.items()},
+            "host_memory": self._room.settings.job_memory_bytes, "tasks": self._tasks(),
+            **{name: str(place) for name, place in places.items()},
         }  # fmt: skip
         return self._run(["worker.child", "--run", self._room.entry], work, bare_environment(workspace), keeper)
+
+    def _tasks(self) -> str | None:
+        folder = self._room.settings.tasks_dir
+        return None if folder is None else str(folder.resolve())
 
     def _request(self) -> dict[str, Any]:
         """Return the request with its branch pinned to the commit that was planned; a folder has none."""

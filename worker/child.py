@@ -109,7 +109,12 @@ def _compress(compress: Callable[..., Any], channel: Channel) -> Any:
     request = Compression.model_validate(known)
     planned = _memory_to_plan_with(work.get("host_memory", 0))
     folders = Path(work["model"]), Path(work["out"])
-    kept = {"studies": Path(work["studies"]), "shelf": _Shelf(channel, Path(work["parts"]))}
+    tasks = work.get("tasks")
+    kept = {
+        "studies": Path(work["studies"]),
+        "shelf": _Shelf(channel, Path(work["parts"])),
+        "tasks": Path(tasks) if tasks else None,
+    }
     with text_copies({source: Path(copy) for source, copy in work["texts"].items()}):
         return compress(request, *folders, _Listener(channel), **kept, host_memory=planned)
 

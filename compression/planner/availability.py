@@ -154,10 +154,6 @@ def missing_in(request: Compression) -> Iterator[Missing]:
     if isinstance(request.recipe, Recipe):
         for position, step in enumerate(request.recipe.steps):
             yield from _missing_in_step(step, f"/recipe/steps/{position}")
-    if request.evaluation.benchmarks:
-        yield Missing("/evaluation/benchmarks", "benchmarks are not available yet; perplexity and divergence are measured always")
-    if request.evaluation.speed:
-        yield Missing("/evaluation/speed", "speed measurements are not available yet; leave speed out")
 
 
 def available_steps() -> list[dict[str, Any]]:

@@ -106,15 +106,11 @@ def _documents(source: str | InlineText, purpose: Purpose) -> Iterator[Iterable[
         return ([text] for text in source.inline)
     if source == "default":
         return ([text] for text in (_topics() if purpose == "calibration" else map(docstrings, EVALUATION_MODULES)))
-    if source.startswith("file://"):
-        return _file_documents(_path_of(source))
     if source.startswith("hub:"):
         from compression.text.hub import stream_texts
 
         return ([text] for text in stream_texts(source))
-    if (copy := (_COPIES.get() or {}).get(source)) is not None:
-        return _file_documents(copy)
-    raise NotAvailable(f"{source!r} was not fetched; only the service reads buckets: use file://, hub: or inline text")
+    return _file_documents(local_file(source))
 
 
 def _cut(chunks: Iterable[str]) -> Iterator[Piece]:
@@ -168,20 +164,34 @@ def _text_chunks(path: Path) -> Iterator[str]:
 
 
 def _json_texts(path: Path) -> Iterator[str]:
+    return (text_of(record, place) for record, place in json_records(path))
+
+
+def json_records(path: Path) -> Iterator[tuple[object, str]]:
+    """Yield each line of a file of JSON lines, and its place for errors."""
     with _named_errors(path), _opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
             if len(line) > _LONGEST_LINE:
                 raise ValidationFailed(f"line {number} of {path} is longer than {_LONGEST_LINE} bytes; split the document")
             if line.strip():
-                yield _json_text(line, f"line {number} of {path}")
+                place = f"line {number} of {path}"
+                yield _json_record(line, place), place
 
 
-def _json_text(line: bytes, place: str) -> str:
+def _json_record(line: bytes, place: str) -> object:
     try:
-        record: object = json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValidationFailed(f"{place} is not JSON: {error}") from error
-    return text_of(record, place)
+
+
+def local_file(source: str) -> Path:
+    """Return the file on this machine that a ``file://`` or ``s3://`` source is read from."""
+    if source.startswith("file://"):
+        return _path_of(source)
+    if (copy := (_COPIES.get() or {}).get(source)) is not None:
+        return copy
+    raise NotAvailable(f"{source!r} was not fetched; only the service reads buckets: use file://, hub: or inline text")
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:

@@ -20,12 +20,17 @@ _DEFAULT_SPLIT = "train"
 
 def stream_texts(source: str) -> Iterator[str]:
     """Yield the texts of ``hub:<dataset>[:config][:split]``."""
+    return (text_of(record, place) for record, place in stream_records(source))
+
+
+def stream_records(source: str) -> Iterator[tuple[object, str]]:
+    """Yield the rows of ``hub:<dataset>[:config][:split]``, each with its place for errors."""
     name, *parts = source.removeprefix("hub:").split(":")
     if _NAME.fullmatch(name) is None or len(parts) > 2:
         raise ValidationFailed(f"{source!r} is not a dataset; write hub:<owner>/<dataset>[:config][:split]")
     with _named_errors(name):
         for row, record in enumerate(_rows(f"hf://datasets/{name}", parts), start=1):
-            yield text_of(record, f"row {row} of {source}")
+            yield record, f"row {row} of {source}"
 
 
 def _rows(path: str, parts: list[str]) -> Iterator[Any]:

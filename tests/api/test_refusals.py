@@ -123,8 +123,6 @@ def test_every_fault_is_told_at_once(face: Face):
 @pytest.mark.parametrize(
     ("members", "pointer"),
     [
-        ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
-        ({"evaluation": {"speed": True}}, "/evaluation/speed"),
         ({"recipe": {"steps": [{"step": "recover", "method": "lora"}]}}, "/recipe/steps/0/step"),
     ],
 )

@@ -8,7 +8,6 @@ import pytest
 from compression.errors import NotAvailable
 from compression.planner.availability import STEP_FACTS, available_steps, check_request, missing_in
 from compression.recipe import STEPS
-from compression.request import Compression
 from tests.compression.made_checkpoints import request
 
 BUILT: list[dict[str, Any]] = [
@@ -37,10 +36,6 @@ NOT_BUILT: list[tuple[dict[str, Any], str, str]] = [
     ({"step": "recover", "method": "lora"}, "/step", "recover"),
     ({"step": "recover", "method": "router_distill"}, "/step", "recover"),
 ]
-SETTINGS_NOT_BUILT: list[tuple[dict[str, Any], str]] = [
-    ({"evaluation": {"benchmarks": ["arc_easy"]}}, "/evaluation/benchmarks"),
-    ({"evaluation": {"speed": True}}, "/evaluation/speed"),
-]
 
 
 @pytest.mark.parametrize("step", BUILT, ids=str)
@@ -58,16 +53,6 @@ def test_a_step_or_setting_that_is_not_built_is_refused_by_name(step: dict[str, 
     assert "available" in refusal.value.message
 
 
-@pytest.mark.parametrize(("settings", "pointer"), SETTINGS_NOT_BUILT, ids=str)
-def test_a_field_that_is_not_built_is_refused_by_name(settings: dict[str, Any], pointer: str):
-    base = {"model": "owner/name", "recipe": {"steps": [{"step": "quantize"}]}}
-
-    with pytest.raises(NotAvailable) as refusal:
-        check_request(Compression.model_validate({**base, **settings}))
-
-    assert refusal.value.pointer == pointer
-
-
 def test_a_message_says_what_to_use_instead():
     messages = [next(missing_in(request(step))).message for step, _, _ in NOT_BUILT]
 
@@ -75,9 +60,11 @@ def test_a_message_says_what_to_use_instead():
 
 
 def test_everything_missing_is_listed_at_once():
-    found = list(missing_in(request({"step": "recover", "method": "full"}, {"step": "analyze"}, evaluation={"speed": True})))
+    found = list(
+        missing_in(request({"step": "recover", "method": "full"}, {"step": "analyze"}, {"step": "recover", "method": "lora"}))
+    )
 
-    assert [missing.pointer for missing in found] == ["/recipe/steps/0/step", "/evaluation/speed"]
+    assert [missing.pointer for missing in found] == ["/recipe/steps/0/step", "/recipe/steps/2/step"]
 
 
 def test_every_step_of_the_contract_is_listed_with_schema_paper_and_evidence():

@@ -262,6 +262,8 @@ def test_text_elsewhere_or_nowhere_is_pointed_at(settings: Settings, tmp_path: P
         "/calibration/source": {"calibration": {"source": source}},
         "/calibration/source/1/source": {"calibration": {"source": [{"source": "default"}, {"source": source}]}},
         "/evaluation/perplexity/source": {"evaluation": {"perplexity": {"source": source}}},
+        "/evaluation/perplexity/source/0/source": {"evaluation": {"perplexity": {"source": [{"source": source}]}}},
+        "/evaluation/generation/source": {"evaluation": {"generation": {"source": source}}},
     }
 
     for pointer, members in places.items():

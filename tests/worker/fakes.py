@@ -44,8 +44,9 @@ class FakeReport:
 
 
 def compress(
-    request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, shelf: Shelf, host_memory: int | None
-) -> FakeReport:
+    request: Compression, model: Path, out: Path, listener: Listener, *, studies: Path, shelf: Shelf, host_memory: int | None,
+    tasks: Path | None,
+) -> FakeReport:  # fmt: skip
     """Pretend to work on some blocks, then end as the request says."""
     assert isinstance(request.calibration.source, InlineText)
     plan = PLAN | json.loads(request.calibration.source.inline[0])
