@@ -167,6 +167,8 @@ class Report(Record):
     peak_memory_bytes: dict[str, int]
     """Peak resident memory of the process, and peak of the accelerator where there is one."""
     versions: dict[str, str]
+    request: dict[str, Any] | None = None
+    """As it was accepted, defaults filled in; long text that was given in it is told by its size and hash."""
     resumed: tuple[ResumeNote, ...] = ()
 
     @computed_field

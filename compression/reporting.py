@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import resource
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,9 @@ from compression.report import Beside, BlockRow, PlanningNote, Report, StudyNote
 
 if TYPE_CHECKING:
     from compression.pipeline import Run
+
+_LONGEST_TEXTS = 4000
+"""Bytes of text given in a request that the report repeats."""
 
 
 def report_of(run: Run) -> Report:
@@ -51,8 +56,21 @@ def report_of(run: Run) -> Report:
         seconds=run.seconds,
         peak_memory_bytes=_peak_memory(),
         versions=environment_of(run.device),
+        request=_told(run.request.model_dump(mode="json")),
         resumed=run.finished.notes(),
     )
+
+
+def _told(value: Any) -> Any:
+    """Return a request without long texts of its own; who does it again has them."""
+    if isinstance(value, dict):
+        return {name: _told(inner) for name, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    text = json.dumps(value, ensure_ascii=False).encode()
+    if len(text) > _LONGEST_TEXTS and not any(isinstance(item, dict) and "step" in item for item in value):
+        return [f"{len(value)} texts of {len(text)} bytes as JSON, sha256 {hashlib.sha256(text).hexdigest()}"]
+    return [_told(inner) for inner in value]
 
 
 def _beside(run: Run) -> Beside:

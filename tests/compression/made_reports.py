@@ -40,6 +40,7 @@ def full_report(blocks: int = 3, experts: int = 4, name: str = "owner/name") -> 
         analysis=None, calibration={"source": name, "tokens": 4096, "content_hash": "ab" * 32, "seed": 0},
         evaluation={"source": name, "tokens": 999, "content_hash": "cd" * 32}, seconds={"studying": 61.25, "compressing": 0.5},
         peak_memory_bytes={"resident": 10**9}, versions={"torch": "2.13.0", "device": name},
+        request={"model": name, "recipe": {"steps": list(_STEPS)}},
     )  # fmt: skip
 
 
