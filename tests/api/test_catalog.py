@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from compression.architectures import ARCHITECTURES
 from compression.planner.availability import STEP_FACTS
 from compression.recipe import STEPS
