@@ -1,6 +1,6 @@
 """A real Chromium for the tests of the pages, and axe-core, which says what would keep people from using them.
 
-Without chromium, chromedriver or axe-core the tests are skipped by name; with ``SLIMTRIM_TEST_SERVERS=required`` that is a failure.
+Without chromium, chromedriver or axe-core the tests are skipped by name; with ``SLIMTRIM_TEST_SERVERS=required`` they fail.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def a_browser(downloads: Path) -> Iterator[Chrome]:
     options = ChromeOptions()
     options.binary_location = program("chromium", "chromium-browser")
     for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-proxy-server", "--window-size=1280,900",
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--no-proxy-server", "--window-size=1280,900",
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,12 @@ class House:
     downloads: Path
     axe: str
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.stand.settings.port}"
+
     def open(self, path: str) -> None:
-        self.driver.get(f"{self.client.base_url}{path}")
+        self.driver.get(self.url + path)
 
     def one(self, selector: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
@@ -73,7 +78,7 @@ class House:
             found += [f"{scheme}: {fault}" for fault in grave_faults(self.driver, self.axe)]
         found += [entry["message"] for entry in self.driver.get_log("browser")]
         names = self.driver.execute_script("return performance.getEntries().map(e => e.name)")
-        return found + [name for name in names if "://" in name and not name.startswith(str(self.client.base_url))]
+        return found + [name for name in names if "://" in name and not name.startswith(self.url)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         stand.start("api")
         stand.start_worker()
         stand.start("worker.maintenance")
-        with served(stand) as client:
+        with closing(served(stand)) as client:
             yield House(stand, client, driver, model.as_uri(), downloads, axe)
 
 
@@ -109,7 +114,7 @@ def test_the_first_page_says_how_to_begin_and_is_sound(house: House):
     house.open("/")
 
     assert "No jobs yet" in house.text("main")
-    assert f"curl {house.client.base_url}/v1/jobs" in house.text("pre")
+    assert f"curl {house.url}/v1/jobs" in house.text("pre")
     assert house.faults_of_page() == []
 
 
@@ -226,7 +231,7 @@ def test_a_key_opens_a_session_and_the_page_without_one_is_the_door(house: House
     key, entry = new_key("ann")
     with a_stand(tmp_path, PORT=free_port(), API_KEYS=entry) as stand:
         process: subprocess.Popen[bytes] = stand.start("api")
-        with served(stand) as client:
+        with closing(served(stand)) as client:
             locked = House(stand, client, house.driver, house.model, house.downloads, house.axe)
             locked.open("/new")
             assert "/sign-in" in house.driver.current_url
