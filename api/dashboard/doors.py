@@ -54,7 +54,7 @@ async def sign_in(request: Request, service: Running, fields: Form) -> Response:
         session, is_new = session_of(request, service)
         return _door(request, service, Visitor(_NOBODY, session, is_new), following, problem)
     answer = lead_to(_own_path(following))
-    give_cookie(request, answer, service.sessions.seal(service.sessions.begin(digest(key))))
+    give_cookie(request, answer, service, service.sessions.begin(digest(key)))
     return answer
 
 
@@ -94,7 +94,11 @@ def download(request: Request, visitor: ArtifactLooker, work: Reader, service: R
 
 def _door(request: Request, service: Running, visitor: Visitor, following: str, problem: Problem | None = None) -> Response:
     status = 200 if problem is None else CODES[problem.code].status
-    answer = page(request, service, "sign_in.html", visitor, status, following=_own_path(following), problem=problem)
+    # A browser that follows another site's link keeps its cookie to itself, once.
+    is_led = request.headers.get("sec-fetch-site") == "cross-site"
+    answer = page(
+        request, service, "sign_in.html", visitor, status, following=_own_path(following), problem=problem, is_led=is_led
+    )
     if problem is not None:
         answer.headers.update(problem.headers)
     return answer

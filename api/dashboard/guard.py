@@ -22,6 +22,8 @@ from api.service import Service
 from jobs.keys import SCOPES
 
 COOKIE = "slimtrim_session"
+VISIT_COOKIE = "slimtrim_visit"
+"""Of a visit without a key. Apart, because a browser that comes by a link of another site does not show the first one."""
 _MOST_FIELDS = 100
 
 
@@ -68,8 +70,11 @@ def add_headers(request: Request, headers: dict[str, str]) -> None:
 
 def session_of(request: Request, service: Service) -> tuple[Session, bool]:
     """Return the browser's session, or a fresh one, and whether it is fresh."""
-    present = service.sessions.open(request.cookies.get(COOKIE))
-    return (present, False) if present is not None else (service.sessions.begin(), True)
+    for name in (COOKIE, VISIT_COOKIE):
+        present = service.sessions.open(request.cookies.get(name))
+        if present is not None and (present.sha256 is not None) == (name == COOKIE):
+            return present, False
+    return service.sessions.begin(), True
 
 
 async def _visitor(request: Request, service: Service) -> Visitor:

@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from api.dashboard import words
-from api.dashboard.guard import COOKIE, Visitor
-from api.dashboard.sessions import SESSION_S
+from api.dashboard.guard import COOKIE, VISIT_COOKIE, Visitor
+from api.dashboard.sessions import SESSION_S, Session
 from api.service import Service
 from compression.page.plots import frontier_plot
 from compression.progress import STAGES
@@ -39,7 +39,7 @@ def page(request: Request, service: Service, name: str, visitor: Visitor | None,
     token = "" if visitor is None else service.sessions.token(visitor.session)
     answer = HTMLResponse(render(name, visitor=visitor, token=token, **values), status)
     if visitor is not None and visitor.is_new:
-        give_cookie(request, answer, service.sessions.seal(visitor.session))
+        give_cookie(request, answer, service, visitor.session)
     return answer
 
 
@@ -53,9 +53,10 @@ def lead_to(path: str) -> Response:
     return RedirectResponse(path, 303)
 
 
-def give_cookie(request: Request, answer: Response, value: str) -> None:
+def give_cookie(request: Request, answer: Response, service: Service, session: Session) -> None:
     """Set the session's cookie; no script reads it, no other site's page sends it."""
-    answer.set_cookie(COOKIE, value, max_age=SESSION_S, path="/", secure=is_secure(request), httponly=True, samesite="strict")
+    name, value = VISIT_COOKIE if session.sha256 is None else COOKIE, service.sessions.seal(session)
+    answer.set_cookie(name, value, max_age=SESSION_S, path="/", secure=is_secure(request), httponly=True, samesite="strict")
 
 
 def is_secure(request: Request) -> bool:

@@ -152,6 +152,17 @@ def test_the_door_leads_to_pages_of_ours_alone(open_face: OpenFace, following: s
         assert sign_in(face, key, following).headers["location"] == "/"
 
 
+def test_a_link_from_another_site_leads_to_the_door_without_ending_the_session(open_face: OpenFace):
+    with locked(open_face, ("ann", SCOPES)) as (face, (key,)):
+        sign_in(face, key)
+        session = face.client.cookies.pop(COOKIE)
+        door = face.client.get("/new", headers={"Sec-Fetch-Site": "cross-site"})
+        assert '<a href="/new">go on to the page</a>' in door.text
+
+        face.client.cookies.set(COOKIE, session)
+        assert face.client.get("/new").url.path == "/new"
+
+
 # What a form may do.
 
 
