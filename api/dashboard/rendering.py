@@ -14,9 +14,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from api.dashboard import words
 from api.dashboard.guard import COOKIE, VISIT_COOKIE, Visitor
+from api.dashboard.plotting import frontier
 from api.dashboard.sessions import SESSION_S, Session
 from api.service import Service
-from compression.page.plots import frontier_plot
 from compression.progress import STAGES
 from jobs.status import TERMINAL, JobStatus
 
@@ -89,7 +89,7 @@ def _environment() -> Environment:
         "told": words.told,
     }  # fmt: skip
     environment.globals |= {
-        "asset": asset, "frontier_plot": frontier_plot, "between": words.between, "statuses": list(JobStatus), "stages": STAGES,
+        "asset": asset, "frontier": frontier, "between": words.between, "statuses": list(JobStatus), "stages": STAGES,
         "terminal": TERMINAL,
     }  # fmt: skip
     return environment

@@ -1,63 +1,189 @@
-"""Plots as inline SVG, in the colour of the text around them; no script, no style sheet, no outside reference."""
+"""Plots as inline SVG that needs no script: size against quality, and bars.
+
+Colours are custom properties of the page around (``--original``, ``--artifact``, ``--other``) with a fallback, and the text's own
+colour otherwise, so dark and light both work. Every plot has a title and a description, and its numbers in a table behind it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 52, 16, 14, 40
+from compression.page.axes import bytes_scale, in_bytes, short, ticks
+
+_WIDTH, _HEIGHT = 640, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 20, 48
+
+Kind = Literal["original", "artifact", "other"]
+
+
+class Point(Protocol):
+    """A plan, or a model, of so many bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Of its tensors, as ``target_memory`` bounds them."""
+        ...
+
+    @property
+    def predicted_loss(self) -> float:
+        """In nats per token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A named point of a plot."""
+
+    name: str
+    bytes: int
+    loss: float
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A named bar. ``source``: where in the report its number stands."""
+
+    name: str
+    value: float
+    shown: str
+    kind: Kind = "artifact"
+    source: str | None = None
 
 
 def frontier_plot(
-    points: Sequence[Mapping[str, Any]], *, chosen: int | None, target_bytes: int | None, original_bytes: int
+    points: Sequence[Point],
+    *,
+    chosen: tuple[int, float] | None,
+    target_bytes: int | None,
+    original_bytes: int | None,
 ) -> Markup:
-    """Return the plans that could be chosen: bytes across, predicted loss up; with the target, and the one that was chosen."""
-    most_bytes = max([original_bytes, *(point["bytes"] for point in points)])
-    most_loss = max((point["predicted_loss"] for point in points), default=0.0) or 1.0
+    """Return size against quality: every plan that could have been chosen, and the one that was."""
+    marks = [] if chosen is None else [Mark("chosen plan", *chosen, "artifact")]
+    if original_bytes is not None:
+        marks.append(Mark("original", original_bytes, 0.0, "original"))
+    line = [(point.bytes, point.predicted_loss) for point in points]
+    what = "Predicted loss in nats per token against bytes, for every plan on the frontier. Lower and further left is better."
+    return _scatter("Size against quality", what, "predicted loss, nats per token", line, marks, target_bytes)
 
-    def x(count: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * count / most_bytes, 1)
 
-    def y(loss: float) -> float:
-        # The square root: losses span orders of magnitude, and the small ones are those that are chosen.
-        return round(_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * math.sqrt(max(0.0, loss) / most_loss), 1)
+def measured_plot(marks: Sequence[Mark], *, target_bytes: int | None) -> Markup:
+    """Return measured loss against bytes of a few models that were really made."""
+    what = "Measured loss in nats per token on held-out text against bytes of tensors. Lower and further left is better."
+    return _scatter("Size against quality", what, "measured loss, nats per token", [], marks, target_bytes)
 
-    path = " ".join(f"{'L' if number else 'M'}{x(p['bytes'])} {y(p['predicted_loss'])}" for number, p in enumerate(points))
-    marks = [f'<path d="{path}" fill="none" stroke="currentColor" stroke-opacity=".55" stroke-width="1.5"/>']
-    for point in points:
-        is_chosen = point["bytes"] == chosen
-        told = f"{point['bytes']:,} bytes, {point['predicted_loss']:.4f} nats per token"
-        radius, fill = (6, "var(--accent, currentColor)") if is_chosen else (2.5, "currentColor")
-        at = f'cx="{x(point["bytes"])}" cy="{y(point["predicted_loss"])}"'
-        marks.append(f'<circle {at} r="{radius}" fill="{fill}"><title>{escape(told)}</title></circle>')
-    if target_bytes is not None and target_bytes <= most_bytes:
-        marks.append(_upright(x(target_bytes), "target"))
+
+def bar_chart(title: str, unit: str, bars: Sequence[Bar]) -> Markup:
+    """Return horizontal bars from zero, each with its name and its number."""
+    if not bars:
+        return Markup("")
+    high = max(ticks(0.0, max(max(bar.value for bar in bars), 1e-12)))
+    rows = Markup("").join(
+        Markup('<div class="bar"><span class="bar-name">{}</span><svg class="bar-track" viewBox="0 0 100 10" '
+               'preserveAspectRatio="none" aria-hidden="true"><rect width="100" height="10" class="track"/>'
+               '<rect width="{:.2f}" height="10" class="fill-{}"/></svg><span class="bar-value"{}>{}</span></div>').format(
+            bar.name, 100 * max(bar.value, 0) / high, bar.kind, _source(bar.source), bar.shown
+        )
+        for bar in bars
+    )  # fmt: skip
+    return Markup('<figure class="bars"><figcaption>{} <small>{}</small></figcaption>{}</figure>').format(title, unit, rows)
+
+
+def _source(path: str | None) -> Markup:
+    return Markup("") if path is None else Markup(' data-from="{}"').format(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where on the drawing a number lies."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+
+    def across(self, value: float) -> float:
+        return _LEFT + (value - self.x[0]) / (self.x[-1] - self.x[0]) * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (value - self.y[0]) / (self.y[-1] - self.y[0]) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _scatter(
+    title: str, what: str, unit: str, line: Sequence[tuple[int, float]], marks: Sequence[Mark], target: int | None
+) -> Markup:
+    everything = [*line, *((mark.bytes, mark.loss) for mark in marks)]
+    if not everything:
+        return Markup("")
+    sizes = [*(size for size, _ in everything), *([] if target is None else [target])]
+    divisor, of_bytes = bytes_scale(max(sizes))
+    losses = [loss for _, loss in everything]
+    low = 0.0 if line else min(losses) - 0.1 * (max(losses) - min(losses))
+    frame = _Frame([tick * divisor for tick in ticks(0, max(sizes) / divisor)], ticks(low, max(losses)))
+    inside = [*_grid(frame, divisor, of_bytes, unit), *_target(frame, target), *_line(frame, line), *_marks(frame, marks)]
+    table = [*((mark.name, mark.bytes, mark.loss) for mark in marks), *(("frontier", *point) for point in line)]
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Predicted loss of {len(points)} plans by their size" '
-        f'font-size="12" fill="currentColor">{_axes(most_bytes, most_loss, x, y)}{"".join(marks)}</svg>'
+        '<figure class="plot"><svg viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>{}</figure>'
+    ).format(_WIDTH, _HEIGHT, title, what, Markup("").join(inside), _numbers(unit, table))
+
+
+def _grid(frame: _Frame, divisor: float, of_bytes: str, unit: str) -> Iterable[Markup]:
+    right, floor = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    label = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" font-size="12" fill="currentColor" opacity=".75">{}</text>')
+    rule = Markup('<path d="M{:.1f} {:.1f}L{:.1f} {:.1f}" stroke="currentColor" opacity=".12"/>')
+    for tick in frame.y:
+        yield rule.format(_LEFT, frame.up(tick), right, frame.up(tick))
+        yield label.format(_LEFT - 8, frame.up(tick) + 4, "end", short(tick))
+    for tick in frame.x:
+        yield rule.format(frame.across(tick), _TOP, frame.across(tick), floor)
+        yield label.format(frame.across(tick), floor + 18, "middle", short(tick / divisor))
+    yield label.format(right, floor + 38, "end", of_bytes)
+    yield label.format(_LEFT, 12, "start", unit)
+
+
+def _target(frame: _Frame, target: int | None) -> Iterable[Markup]:
+    if target is not None:
+        x = frame.across(target)
+        yield Markup('<path d="M{:.1f} {}V{}" stroke="currentColor" stroke-dasharray="4 4" opacity=".6"/>').format(
+            x, _TOP, _HEIGHT - _BOTTOM
+        )
+        yield Markup('<text x="{:.1f}" y="{}" font-size="12" fill="currentColor" text-anchor="{}">target</text>').format(
+            x + (-6 if x > _WIDTH - 120 else 6), _TOP + 12, "end" if x > _WIDTH - 120 else "start"
+        )
+
+
+def _line(frame: _Frame, line: Sequence[tuple[int, float]]) -> Iterable[Markup]:
+    if not line:
+        return
+    path = " ".join(f"{frame.across(size):.1f},{frame.up(loss):.1f}" for size, loss in sorted(line))
+    yield Markup('<polyline points="{}" fill="none" stroke="var(--other, #888)" stroke-width="2"/>').format(path)
+    for size, loss in line:
+        yield Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="var(--other, #888)"><title>{}: {}</title></circle>').format(
+            frame.across(size), frame.up(loss), in_bytes(size), short(loss)
+        )
+
+
+def _marks(frame: _Frame, marks: Sequence[Mark]) -> Iterable[Markup]:
+    fallback = {"original": "#5b7083", "artifact": "#c2571a", "other": "#888"}
+    for mark in marks:
+        x, y, left = frame.across(mark.bytes), frame.up(mark.loss), frame.across(mark.bytes) > _WIDTH / 2
+        yield Markup(
+            '<circle cx="{:.1f}" cy="{:.1f}" r="7" fill="var(--{}, {})"><title>{}: {}, {}</title></circle>'
+            '<text x="{:.1f}" y="{:.1f}" font-size="13" fill="currentColor" text-anchor="{}">{}</text>'
+        ).format(
+            x, y, mark.kind, fallback[mark.kind], mark.name, in_bytes(mark.bytes), short(mark.loss),
+            x + (-12 if left else 12), y - 8, "end" if left else "start", mark.name,
+        )  # fmt: skip
+
+
+def _numbers(unit: str, rows: Iterable[tuple[str, int, float]]) -> Markup:
+    cells = Markup("").join(
+        Markup('<tr><th scope="row">{}</th><td>{:,}</td><td>{}</td></tr>').format(name, size, short(loss))
+        for name, size, loss in rows
     )
-
-
-def _axes(most_bytes: float, most_loss: float, x: Any, y: Any) -> str:
-    foot, end = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = [f'<path d="M{_LEFT} {_TOP}V{foot}H{end}" fill="none" stroke="currentColor" stroke-opacity=".35"/>']
-    unit, name = next(((10**e, n) for e, n in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")) if most_bytes >= 10**e), (1, "B"))
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        text = f"{share * most_bytes / unit:.3g}"
-        parts.append(f'<text x="{x(share * most_bytes)}" y="{foot + 17}" text-anchor="middle">{text}</text>')
-        loss = most_loss * share**2
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4}" text-anchor="end">{loss:.2g}</text>')
-    middle = (_LEFT + end) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{name}; upward: predicted loss, nats per token</text>'
-    )
-    return "".join(parts)
-
-
-def _upright(at: float, name: str) -> str:
-    side, shift = ("end", -5) if at > _WIDTH / 2 else ("start", 5)
-    line = f'<path d="M{at} {_TOP}V{_HEIGHT - _BOTTOM}" stroke="currentColor" stroke-dasharray="5 4"/>'
-    return f'{line}<text x="{at + shift}" y="{_TOP + 10}" text-anchor="{side}">{name}</text>'
+    return Markup(
+        '<details><summary>Numbers</summary><table><thead><tr><th scope="col">point</th><th scope="col">bytes</th>'
+        '<th scope="col">{}</th></tr></thead><tbody>{}</tbody></table></details>'
+    ).format(unit, cells)

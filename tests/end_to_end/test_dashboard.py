@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -139,7 +140,7 @@ def test_the_form_plans_as_one_types_and_its_job_is_watched_to_the_end(house: Ho
     house.driver.execute_script("window.notLoadedAgain = true")
     bar = "[data-piece=progress] progress"
     house.wait(lambda: house.all(bar) and 0.1 < float(house.one(bar).get_attribute("value")) < 0.9, "progress")
-    house.wait(lambda: "block" in house.text("[data-piece=progress]") and "left" in house.text("[data-piece=progress]"), "a block")
+    house.wait(lambda: re.search(r"block \d+ of 12(.|\n)* left", house.text("[data-piece=progress]")), "a block, and an estimate")
     assert house.faults_of_page() == []
     house.wait(lambda: "succeeded" in house.text("[data-piece=status]"), "the end")
 
