@@ -34,7 +34,7 @@ def measure(settings: Settings) -> None:
     """Fill one database, start the API on it, and time the list, filtered and not."""
     migrate(settings)
     engine = make_engine(settings)
-    ids = queue_many(engine, MANY, owner="anonymous")
+    queue_many(engine, MANY, owner="anonymous")
     with engine.begin() as connection:
         connection.execute(update(Job).values(plan={**PLAN, **_FIGURES}))
     kind = engine.dialect.name
