@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from api.contract import install_contract
+from api.dashboard import doors, forms, pages
+from api.dashboard.trouble import install_pages_for_errors
 from api.errors import install_error_handlers
 from api.middleware import Manners
 from api.routes import artifacts, catalog, events, health, jobs, metrics, plans, queues, reports
@@ -50,9 +52,10 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
     )
     app.state.service = service
     install_error_handlers(app)
+    install_pages_for_errors(app)
     for router in (
         jobs.router, events.router, reports.router, artifacts.router, plans.router, queues.router, catalog.router, health.router,
-        metrics.router,
+        metrics.router, pages.router, forms.router, doors.router,
     ):  # fmt: skip
         app.include_router(router)
     install_contract(app)

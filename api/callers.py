@@ -6,6 +6,7 @@ that much longer. Wrong keys are counted per address, and an address that showed
 
 from __future__ import annotations
 
+import hmac
 import math
 import threading
 import time
@@ -101,6 +102,15 @@ class Callers:
                 self._remembered.pop(sha256, None)
             raise self._failed(address, Problem("invalid_api_key", "this API key is not one of this service's"))
         return self._remember(sha256, key)
+
+    def holder(self, sha256: str) -> Caller | None:
+        """Return whose key has this hash, if it is valid now. Nothing is remembered: a session ends with its key."""
+        for key in self._settings.api_keys:
+            if hmac.compare_digest(key.sha256, sha256):
+                return Caller(key.name, key.scopes)
+        with reading(self._open_reader) as work:
+            known = work.keys.find(sha256)
+        return None if known is None else Caller(known.owner, known.scopes)
 
     def count(self, caller: Caller) -> dict[str, str]:
         """Count a request; return the headers that say how many more there may be, or refuse it."""

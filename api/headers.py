@@ -62,6 +62,11 @@ def idempotency_key_of(headers: Headers) -> str | None:
     return key
 
 
+def is_key(text: str) -> bool:
+    """Say whether the text can be an ``Idempotency-Key``."""
+    return _VISIBLE.fullmatch(text) is not None
+
+
 def names_tag(header: str | None, tag: str, *, weakly: bool) -> bool:
     """Say whether an If-Match or If-None-Match header names the tag; a weak tag never matches strongly (RFC 9110, 8.8.3)."""
     if header is None:

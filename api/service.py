@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine
 
 from api.callers import Callers
+from api.dashboard.sessions import Sessions
 from api.errors import Problem
 from api.metrics import Metrics
 from api.readiness import Readiness
@@ -63,6 +64,7 @@ class Service:
     announcer: Announcer
     announce: Announce
     callers: Callers
+    sessions: Sessions
     streams: Streams
     metrics: Metrics
     draining: threading.Event
@@ -92,6 +94,7 @@ def open_service(settings: Settings, announce: Announce | None = None) -> Servic
         announcer=announcer,
         announce=announce or announcer.announce,
         callers=Callers(settings, open_reader),
+        sessions=Sessions.of(settings),
         streams=Streams(open_reader, settings.stream_limit, draining),
         draining=draining,
         metrics=Metrics(settings, open_reader),

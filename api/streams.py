@@ -13,8 +13,8 @@ import json
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 from anyio import CapacityLimiter, to_thread
@@ -33,7 +33,7 @@ POLL_S = 1.0
 HEARTBEAT_S = 15.0
 WRITE_TIMEOUT_S = 10.0
 """Seconds for which a client may take nothing."""
-_RETRY_MS = 3000
+RETRY_MS = 3000
 _HELD = 256
 """Events that a stream holds for its client."""
 _PAGE = 256
@@ -124,23 +124,40 @@ class Streams:
 
     def open(self, job_id: str, seq: int) -> Response:
         """Return the answer that is the stream of a job's events after a number."""
+        self.check_room()
+        return EventStreamResponse(self, Stream(job_id, seq))
+
+    def check_room(self) -> None:
+        """Refuse one more stream where there are too many, or the service stops."""
         if self._draining.is_set():
             raise Problem("draining", "the service is stopping; open the stream again in a moment")
         if self._count >= self._limit:
             raise Problem(
                 "unavailable", f"{self._limit} streams are open, and no more are served; poll the job, or try again later"
             )
-        return EventStreamResponse(self, Stream(job_id, seq))
 
-    @asynccontextmanager
-    async def watched(self, stream: Stream) -> AsyncGenerator[None]:
-        """Count the stream, and feed it, for as long as the context is open."""
-        self._streams[stream.job_id].add(stream)
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Count a stream of another kind for as long as the context is open."""
         self._count += 1
         try:
             yield
         finally:
             self._count -= 1
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the service stops, and every stream should end."""
+        return self._draining.is_set()
+
+    @asynccontextmanager
+    async def watched(self, stream: Stream) -> AsyncGenerator[None]:
+        """Count the stream, and feed it, for as long as the context is open."""
+        self._streams[stream.job_id].add(stream)
+        try:
+            with self.counted():
+                yield
+        finally:
             self._streams[stream.job_id].discard(stream)
             if not self._streams[stream.job_id]:
                 del self._streams[stream.job_id]
@@ -216,7 +233,7 @@ class EventStreamResponse(Response):
         everything.cancel()
 
     async def _pump(self) -> None:
-        stream, is_taken = self._stream, await self._write(f"retry: {_RETRY_MS}\n\n".encode())
+        stream, is_taken = self._stream, await self._write(f"retry: {RETRY_MS}\n\n".encode())
         # What happened before the stream began is not waited for.
         events = await self._page()
         while is_taken and not stream.is_closing:

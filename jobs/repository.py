@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import BindParameter, String, bindparam, delete, func, select
+from sqlalchemy import BindParameter, Select, String, bindparam, delete, func, select
 from sqlalchemy.orm import Session, undefer
 
 from jobs.clock import now
 from jobs.errors import IdempotencyKeyReused, JobActive, JobFinished, JobNotFound, QueueFull
 from jobs.moves import change, move, record_event
+from jobs.overview import Overview, OverviewPage, overview_of, overviews
 from jobs.status import TERMINAL, JobStatus
 from jobs.tables import Document, IdempotencyKey, Job, JobAttempt, JobEvent, JobLabel, WebhookDelivery, new_job_id
 
@@ -133,18 +135,25 @@ class JobRepository:
 
     def list(self, owner: str, only: JobFilter = JobFilter(), limit: int = 20, *, after: str | None = None) -> Page:
         """Return jobs, newest first, older than the cursor. New jobs never shift a later page."""
-        query = select(Job).where(*_visible(owner)).order_by(Job.id.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(Job.id < after)
-        if statuses := list(only.statuses):
-            query = query.where(Job.status.in_(statuses))
-        if only.model is not None:
-            query = query.where(Job.model == only.model)
-        for name, value in only.labels.items():
-            query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.name == name, JobLabel.value == value)))
-        rows = self._session.scalars(query).all()
-        has_more = len(rows) > limit
-        return Page(rows[:limit], rows[limit - 1].id if has_more else None)
+        rows = self._session.scalars(_narrowed(select(Job), owner, only, after).limit(limit + 1)).all()
+        return Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else None)
+
+    def overview(self, owner: str, only: JobFilter = JobFilter(), limit: int = 20, *, after: str | None = None) -> OverviewPage:
+        """Return the same jobs as ``list``, each with what a row shows and without its documents."""
+        rows = self._session.execute(_narrowed(overviews(), owner, only, after).limit(limit + 1)).all()
+        return OverviewPage([overview_of(row) for row in rows[:limit]], rows[limit - 1].id if len(rows) > limit else None)
+
+    def glance(self, owner: str, job_ids: Sequence[str]) -> Sequence[Overview]:
+        """Return those of the jobs that are the owner's, as a list shows them."""
+        rows = self._session.execute(overviews().where(*_visible(owner), Job.id.in_(job_ids))).all()
+        return [overview_of(row) for row in rows]
+
+    def version(self, owner: str, job_id: str) -> int:
+        """Return the number that grows with every visible change, or raise ``JobNotFound``."""
+        found = self._session.scalar(select(Job.version).where(*_visible(owner), Job.id == job_id))
+        if found is None:
+            raise JobNotFound(f"there is no job {job_id!r}")
+        return found
 
     def events(self, owner: str, job_id: str, *, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:
         """Return the job's events that come after a number, oldest first."""
@@ -232,6 +241,19 @@ class JobRepository:
         return move(
             self._session, job_id, JobStatus.RUNNING, JobStatus.CANCELLING, event="job.cancelling", cancelling_at=now()
         )  # fmt: skip
+
+
+def _narrowed(query: Select[Any], owner: str, only: JobFilter, after: str | None) -> Select[Any]:
+    query = query.where(*_visible(owner)).order_by(Job.id.desc())
+    if after is not None:
+        query = query.where(Job.id < after)
+    if statuses := list(only.statuses):
+        query = query.where(Job.status.in_(statuses))
+    if only.model is not None:
+        query = query.where(Job.model == only.model)
+    for name, value in only.labels.items():
+        query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.name == name, JobLabel.value == value)))
+    return query
 
 
 def _visible(owner: str | BindParameter[str]):

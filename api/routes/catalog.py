@@ -1,8 +1,6 @@
-"""What is supported, read off the code's own tables; and the pages of the contract that are not built yet."""
+"""What is supported, read off the code's own tables."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -13,7 +11,6 @@ from api.headers import require_accept
 from api.schemas import ArchitectureList, ArchitectureView, StepList, StepView
 from api.views import as_json
 from compression.architectures import ARCHITECTURES, Architecture
-from compression.errors import NotAvailable
 from compression.planner.availability import available_steps
 
 router = APIRouter(tags=["catalog"])
@@ -31,16 +28,6 @@ def list_architectures(request: Request, caller: AnyCaller) -> Response:
     """List the model types that can be compressed."""
     require_accept(request.headers, "application/json")
     return as_json(ArchitectureList(data=[_architecture_view(row) for row in ARCHITECTURES.values()]))
-
-
-@router.get("/", responses=problems(422))
-def dashboard() -> None:
-    """Not available yet: the dashboard."""
-    _refuse("the dashboard", "GET /openapi.json lists what the service can do")
-
-
-def _refuse(what: str, instead: str) -> NoReturn:
-    raise NotAvailable(f"{what} is not available yet; {instead}")
 
 
 def _architecture_view(row: Architecture) -> ArchitectureView:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from compression.architectures import ARCHITECTURES
 from compression.planner.availability import STEP_FACTS
 from compression.recipe import STEPS
@@ -55,11 +53,3 @@ def test_the_architectures_are_those_of_the_table(face: Face):
         "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa",
     }  # fmt: skip
     assert {row["model_type"]: row["refuses"] for row in listed} == {name: row.refuses for name, row in ARCHITECTURES.items()}
-
-
-@pytest.mark.parametrize("path", ["/"])
-def test_a_page_that_is_not_built_yet_is_refused_by_name(face: Face, path: str):
-    answer = face.client.get(path)
-
-    assert (answer.status_code, answer.json()["code"]) == (422, "not_available")
-    assert "not available yet" in answer.json()["detail"]

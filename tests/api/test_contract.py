@@ -35,9 +35,8 @@ CALLS = {
     "/livez": {"get"},
     "/readyz": {"get"},
     "/metrics": {"get"},
-    "/": {"get"},
 }
-"""The contract's table of calls."""
+"""The contract's table of calls, without the pages for people."""
 REQUEST_CODES = {
     400: "malformed_json invalid_header invalid_cursor",
     401: "missing_api_key invalid_api_key",
