@@ -60,9 +60,9 @@ REQUEST_CODES = {
 FAILURE_CODES = (
     "model_not_found gated_model download_failed broken_checkpoint out_of_gpu_memory out_of_host_memory disk_full "
     "constraint_violated non_finite_weights verification_failed max_runtime attempts_exhausted worker_lost storage_unavailable "
-    "internal"
+    "internal evaluation_failed"
 )
-"""The contract's list of what ``status_reason`` may say."""
+"""The contract's list of what ``status_reason`` may say, and what decision 0031 adds."""
 
 
 @pytest.fixture
