@@ -30,7 +30,7 @@ from compression.runtime.slimtrim_runtime import declared
 
 RUNTIME = Path(slimtrim_runtime.__file__)
 """The file that opens artifacts of the custom profile; it ships inside them."""
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "quantize_config.json"}
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", "quantize_config.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
 OnShard = Callable[[Path], None]
 """Told where a shard lies that is written and was read back."""
