@@ -341,6 +341,7 @@ def test_an_interrupted_watcher_leaves_the_job_and_says_how_to_go_on(server: Scr
     with subprocess.Popen(
         [sys.executable, "-m", "slimtrim_client", "--server", server.url, "watch", "job_x"], env=ours(),
         stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where tests run in the background it is ignored
     ) as process:  # fmt: skip
         assert process.stderr is not None
         first = process.stderr.readline()

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,15 @@ def test_a_cancelled_download_ends_and_leaves_a_part_that_is_gone_on_with(store:
     assert fetch(store.server, tmp_path).files[0].path.read_bytes() == CONTENT
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """What Python does at Ctrl-C, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interruption_of_the_caller_ends_the_download_in_its_thread(store: Store, tmp_path: Path):
     def interrupt(path: str, done: int, size: int) -> None:
         if done:

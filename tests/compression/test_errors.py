@@ -25,7 +25,7 @@ REFUSALS = {
 }  # fmt: skip
 FAILURES = {
     "gated_model", "download_failed", "out_of_gpu_memory", "out_of_host_memory", "disk_full", "constraint_violated",
-    "non_finite_weights", "verification_failed",
+    "non_finite_weights", "verification_failed", "evaluation_failed",
 }  # fmt: skip
 
 

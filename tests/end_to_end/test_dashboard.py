@@ -56,7 +56,11 @@ class House:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
-        return self.one(selector).text
+        """What an element says; one that was replaced as it was read, which live pages do, is read again."""
+        return self.wait(lambda: [self.one(selector).text], selector)[0]
+
+    def click(self, selector: str) -> None:
+        self.wait(lambda: [self.one(selector).click()], f"{selector} to click")
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         ignored = [StaleElementReferenceException]
@@ -132,9 +136,9 @@ def test_the_form_plans_as_one_types_and_its_job_is_watched_to_the_end(house: Ho
     house.wait(lambda: "It fits" in house.text("#plan"), "a plan that fits")
     assert house.one("#plan svg[role=img]").is_displayed()
     assert house.faults_of_page() == []
-    house.one("details.more summary").click()
+    house.click("details.more summary")
     house.one("#calibration_text").send_keys(json.dumps({"blocks": 12, "block_s": 0.4}))
-    house.one("form.draft .strong").click()
+    house.click("form.draft .strong")
     house.wait(lambda: "/jobs/job_" in house.driver.current_url, "the job's page")
 
     house.driver.execute_script("window.notLoadedAgain = true")
@@ -161,7 +165,7 @@ def test_a_file_of_the_artifact_is_the_file_and_the_report_opens(house: House):
 
     assert hashlib.sha256(file.read_bytes()).hexdigest() in row.text
     assert house.faults_of_page() == []
-    house.one(".actions a.strong").click()
+    house.click(".actions a.strong")
     house.wait(lambda: house.driver.current_url.endswith("/report"), "the report")
     assert "blocks" in house.driver.find_element(By.TAG_NAME, "body").text
 
@@ -170,14 +174,14 @@ def test_a_job_is_cancelled_and_retried_by_its_buttons(house: House):
     job_id = house.post(blocks=400, block_s=0.1)
     house.open(f"/jobs/{job_id}")
     house.wait(lambda: "running" in house.text("[data-piece=status]"), "the start")
-    house.one(".confirm summary").click()
-    house.one(".confirm[open] .strong").click()
+    house.click(".confirm summary")
+    house.click(".confirm[open] .strong")
     house.wait(lambda: "cancelled" in house.text("[data-piece=status]"), "the end")
 
     assert house.stand.job(job_id).status == "cancelled"
     assert house.faults_of_page() == []
-    house.one(".confirm summary").click()
-    house.one(".confirm[open] .strong").click()
+    house.click(".confirm summary")
+    house.click(".confirm[open] .strong")
     house.wait(lambda: "/jobs/job_" in house.driver.current_url and job_id not in house.driver.current_url, "the new job")
     assert house.text(f'[data-piece=facts] a[href="/jobs/{job_id}"]') == job_id
     house.client.post(f"{api_path(house)}/cancel")
@@ -190,7 +194,7 @@ def test_the_list_moves_by_itself_and_is_filtered(house: House):
     house.wait(lambda: house.all(f"{row} progress"), "progress")
     assert house.faults_of_page() == []
     house.wait(lambda: "succeeded" in house.text(row), "the end")
-    house.open("/?status=failed")
+    house.open("/?status=expired")
 
     assert "No job of yours is like that" in house.text("main")
 
