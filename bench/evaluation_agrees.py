@@ -31,23 +31,13 @@ from transformers import AutoModelForCausalLM
 from compression.calibration import load_evaluation
 from compression.pipeline import compress
 from compression.request import Compression, Perplexity
+from tests.compression.evaluation.made_tasks import a_choice
 
 STEPS = [
     {"step": "expert_drop", "criterion": "reap", "fraction_dropped": 0.125},
     {"step": "quantize", "method": "gptq", "scheme": "W4A16", "group_size": 64},
 ]
 LENGTH, SAMPLES, QUESTIONS = 256, 32, 120
-TASK = """task: continuation
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{passage}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-metadata: {version: 1.0}
-"""
 
 
 def main() -> int:
@@ -114,9 +104,9 @@ def write_task(text: Path, tasks: Path, data: Path) -> None:
         choices = [ends[number], *lot.sample([end for end in ends if end != ends[number]], 3)]
         lot.shuffle(choices)
         passage = " ".join(words[place - 40 : place])
-        rows.append({"passage": passage, "choices": choices, "label": choices.index(ends[number])})
+        rows.append({"q": passage, "choices": choices, "label": choices.index(ends[number])})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tasks / "continuation.yaml").write_text(TASK.replace("DATA", str(data)))
+    (tasks / "continuation.yaml").write_text(a_choice("continuation", data, version=1.0))
 
 
 def by_command(command: str, out: Path, tasks: Path) -> dict[str, dict[str, float]]:

@@ -123,7 +123,7 @@ class Bar:
 def summary(report: Report) -> Table:
     """Return the report's main numbers as a table."""
     quality = report.quality
-    table = Table("", "original", "artifact", title=f"{report.ratio:.2f} times smaller, retention {quality.retention:.1%}")
+    table = Table("", "original", "artifact", title=f"{report.ratio:.2f} times smaller, retention {report.retention:.1%}")
     table.add_row("bytes of tensors", f"{report.bytes_before:,}", f"{report.bytes_after:,}")
     table.add_row("perplexity", f"{quality.perplexity_before:.3f}", f"{quality.perplexity_after:.3f}")
     table.add_row("divergence, nats per token", "0", f"{quality.divergence:.4f}")

@@ -168,7 +168,7 @@ class Report(Record):
     """Peak resident memory of the process, and peak of the accelerator where there is one."""
     versions: dict[str, str]
     request: dict[str, Any] | None = None
-    """As it was accepted, defaults filled in; long text that was given in it is told by its size and hash."""
+    """As it was accepted, defaults filled in; where long text was given in it, ``left_out`` says how many, with size and hash."""
     resumed: tuple[ResumeNote, ...] = ()
 
     @computed_field

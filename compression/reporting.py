@@ -56,21 +56,21 @@ def report_of(run: Run) -> Report:
         seconds=run.seconds,
         peak_memory_bytes=_peak_memory(),
         versions=environment_of(run.device),
-        request=_told(run.request.model_dump(mode="json")),
+        request=without_long_texts(run.request.model_dump(mode="json")),
         resumed=run.finished.notes(),
     )
 
 
-def _told(value: Any) -> Any:
-    """Return a request without long texts of its own; who does it again has them."""
+def without_long_texts(value: Any) -> Any:
+    """Return a request, where long texts of its own are told by their size and hash; such a request is refused, not misread."""
     if isinstance(value, dict):
-        return {name: _told(inner) for name, inner in value.items()}
+        return {name: without_long_texts(inner) for name, inner in value.items()}
     if not isinstance(value, list):
         return value
     text = json.dumps(value, ensure_ascii=False).encode()
     if len(text) > _LONGEST_TEXTS and not any(isinstance(item, dict) and "step" in item for item in value):
-        return [f"{len(value)} texts of {len(text)} bytes as JSON, sha256 {hashlib.sha256(text).hexdigest()}"]
-    return [_told(inner) for inner in value]
+        return {"left_out": len(value), "json_bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    return [without_long_texts(inner) for inner in value]
 
 
 def _beside(run: Run) -> Beside:

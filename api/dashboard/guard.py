@@ -96,7 +96,7 @@ ArtifactLooker = Annotated[Visitor, Depends(visitor_with("artifacts:read"))]
 
 
 async def read_form(request: Request, service: Running) -> dict[str, str]:
-    """Return the fields of a form that one of this session's pages sent, or refuse it."""
+    """Return the fields of a form that a page of ours sent from this browser, or refuse it."""
     _check_site(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
@@ -109,7 +109,7 @@ async def read_form(request: Request, service: Running) -> dict[str, str]:
     session, _ = session_of(request, service)
     if not service.sessions.is_token(session, fields.pop("token", "")):
         raise Problem(
-            "validation_failed", "the page is too old, or not one of this session's; load it again and send it once more"
+            "validation_failed", "the page is too old, or was not made for this browser; load it again and send it once more"
         )
     return fields
 

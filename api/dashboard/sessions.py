@@ -63,11 +63,11 @@ class Sessions:
         return Session(int(match["expires"]), match["nonce"], match["sha256"])
 
     def token(self, session: Session) -> str:
-        """Return what a form of this session carries; another site cannot know it."""
+        """Return what the forms of a visit carry; another site cannot know it."""
         return self._sign("form", session.nonce)
 
     def is_token(self, session: Session, presented: str) -> bool:
-        """Say whether a form was made for this session."""
+        """Say whether a form was made for this visit."""
         return hmac.compare_digest(self.token(session).encode(), presented.encode(errors="replace"))
 
     def _sign(self, purpose: str, content: str) -> str:

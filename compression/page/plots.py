@@ -1,4 +1,4 @@
-"""Plots as inline SVG that needs no script: size against quality, and bars.
+"""Size against quality, as inline SVG that needs no script.
 
 Colours are custom properties of the page around (``--original``, ``--artifact``, ``--other``) with a fallback, and the text's own
 colour otherwise, so dark and light both work. Every plot has a title and a description, and its numbers in a table behind it.

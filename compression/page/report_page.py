@@ -71,11 +71,9 @@ def page_policy() -> str:
 
 @cache
 def _templates() -> Environment:
-    made = Environment(
+    return Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters["in_bytes"] = in_bytes
-    return made
 
 
 @cache

@@ -16,8 +16,9 @@ from compression.errors import TargetUnreachable
 from compression.pipeline import compress
 from compression.plan import make_plan
 from compression.planner.known import recall
-from compression.progress import BlockDone, Event, PlanSettled, StageStarted
+from compression.progress import BlockDone, PlanSettled, StageStarted
 from compression.request import Calibration, Compression
+from tests.compression.heard import Heard
 from tests.compression.test_pipeline import WORDS, tensor_bytes
 
 FAMILIES = ("deepseek_v3",)  # dense blocks, shared experts, groups, latent attention; the job over HTTP is of a Qwen2-MoE
@@ -103,19 +104,6 @@ def test_one_study_serves_every_target_and_answers_for_the_plan_before_the_job(m
     assert not plan.provisional
     assert plan.frontier == first.planning.frontier
     assert first.planning.trials[0].steps == plan.steps
-
-
-class Heard:
-    """A listener that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def test_progress_goes_forward_through_every_sweep_and_the_plan_is_told_once(model, tmp_path):

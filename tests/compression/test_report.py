@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from compression.card import model_card
 from compression.measured import Quality
 from compression.report import BlockRow, LedgerRow, Report, Verification, worst_first
+from compression.reporting import without_long_texts
+from compression.request import Compression, InlineText
 
 QUALITY = Quality(tokens=1000, loss_before=2.0, loss_after=2.1, divergence=0.05, top1_agreement=0.9)
 WINDOWS = Verification(
@@ -206,3 +208,18 @@ def test_the_card_tells_how_the_artifact_really_opens_and_how_much_memory_that_t
 def test_a_number_under_an_unknown_name_is_our_own_mistake():
     with pytest.raises(ValidationError, match="extra_forbidden"):
         row(methods_used="gptq")
+
+
+def test_a_request_with_long_text_of_its_own_is_told_so_that_doing_it_again_is_refused_and_not_misread():
+    def told(text: str) -> dict[str, Any]:
+        request = Compression.model_validate(
+            {"model": "m/m", "recipe": {"steps": [{"step": "quantize"}]}, "calibration": {"source": {"inline": [text]}}}
+        )
+        return without_long_texts(request.model_dump(mode="json"))
+
+    assert Compression.model_validate(told("short")).calibration.source == InlineText(inline=("short",))
+    long = told("x" * 5000)
+    assert long["calibration"]["source"]["inline"]["left_out"] == 1
+    assert long["calibration"]["source"]["inline"]["sha256"] != told("y" * 5000)["calibration"]["source"]["inline"]["sha256"]
+    with pytest.raises(ValidationError, match="inline"):
+        Compression.model_validate(long)

@@ -167,7 +167,10 @@ def test_a_file_of_the_artifact_is_the_file_and_the_report_opens(house: House):
     assert house.faults_of_page() == []
     house.click(".actions a.strong")
     house.wait(lambda: house.driver.current_url.endswith("/report"), "the report")
-    assert "blocks" in house.driver.find_element(By.TAG_NAME, "body").text
+    assert "What was lost, the worst first" in house.text("main")
+    assert house.faults_of_page() == []
+    ActionChains(house.driver).move_to_element(house.one(".map img")).perform()
+    assert re.match(r"Block \d+, expert \d+: ", house.text(".hint")), "its policy lets its own script run"
 
 
 def test_a_job_is_cancelled_and_retried_by_its_buttons(house: House):

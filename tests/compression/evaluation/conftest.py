@@ -13,28 +13,11 @@ from compression.progress import Event
 from compression.report import Report
 from compression.request import Compression
 from tests import tiny_models
+from tests.compression.evaluation.made_tasks import a_choice, a_task
+from tests.compression.heard import Heard
 
-WORDS = [
-    "the",
-    "expert",
-    "the",
-    "router",
-    "chose",
-    "was",
-    "not",
-    "the",
-    "one",
-    "that",
-    "the",
-    "other",
-    "tokens",
-    "had",
-    "wanted",
-    "so",
-    "they",
-    "went",
-    "home",
-]
+TEXT = "the expert the router chose was not the one that the other tokens had wanted so they went home"
+WORDS = TEXT.split()
 TRIM = {"step": "expert_drop", "criterion": "reap", "experts_kept": 6}
 QUANTIZE = {"step": "quantize", "method": "rtn", "scheme": "W4A16", "group_size": 32}
 KINDS = [
@@ -42,28 +25,12 @@ KINDS = [
     {"source": {"inline": ["She sells sea shells on the sea shore, and 1969 was a good year for them. " * 8]}, "name": "tale"},
 ]
 
-CHOICE = """task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-metadata: {version: 1.5}
-"""
-WRITE = """task: tiny_write
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: answer
-generation_kwargs: {until: ["the"], max_gen_toks: 3, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-metadata: {version: 2}
-"""
+WRITING = {
+    "output_type": "generate_until",
+    "doc_to_target": "answer",
+    "generation_kwargs": {"until": ["the"], "max_gen_toks": 3, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
 class Evaluated(NamedTuple):
@@ -73,19 +40,6 @@ class Evaluated(NamedTuple):
     artifact: Path
     report: Report
     events: list[Event]
-
-
-class Keeping:
-    """A listener that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def a_request(folder: Path, steps: list[dict[str, Any]], **evaluation: Any) -> Compression:
@@ -114,8 +68,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(9)
     )
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "choice.yaml").write_text(CHOICE.replace("DATA", str(data)))
-    (folder / "write.yaml").write_text(WRITE.replace("DATA", str(data)))
+    (folder / "choice.yaml").write_text(a_choice("tiny_choice", data, version=1.5))
+    (folder / "write.yaml").write_text(a_task("tiny_write", data, version=2, **WRITING))
     return folder
 
 
@@ -131,6 +85,6 @@ def evaluated(tiny: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory)
         generation={"source": [{"prompt": "The quick brown", "expected": "fox"}, "A", " ".join(WORDS)], "new_tokens": 8},
         speed={"batch_sizes": [2], "context_tokens": 16, "new_tokens": 3, "rounds": 2},
     )
-    out, listener = tmp_path_factory.mktemp("out"), Keeping()
+    out, listener = tmp_path_factory.mktemp("out"), Heard()
     report = compress(request, tiny, out, listener, tasks=tasks)
     return Evaluated(tiny, out, report, listener.events)

@@ -14,7 +14,8 @@ from compression.errors import DownloadFailed, EvaluationFailed, Stopped, Valida
 from compression.evaluation.process import run_child
 from compression.pipeline import compress
 from compression.progress import BlockDone, Event, Warned
-from tests.compression.evaluation.conftest import QUANTIZE, Keeping, a_request
+from tests.compression.evaluation.conftest import QUANTIZE, a_request
+from tests.compression.heard import Heard
 
 HARNESS = "compression.evaluation.harness"
 
@@ -54,7 +55,7 @@ def test_a_child_that_falls_says_what_happened():
 
 
 def test_stopping_leaves_no_child_behind(tiny: Path, tmp_path: Path):
-    class StopsAtPrompts(Keeping):
+    class StopsAtPrompts(Heard):
         def should_stop(self) -> bool:
             return bool(children()) and any(isinstance(e, BlockDone) and "prompts" in e.message for e in self.events)
 
@@ -84,7 +85,7 @@ def test_a_child_ends_with_its_parent():
 
 
 def test_what_does_not_fit_is_said_and_not_tried(tiny: Path, tmp_path: Path):
-    listener = Keeping()
+    listener = Heard()
 
     report = compress(
         a_request(tiny, [QUANTIZE], generation={"source": ["The"]}, speed=True), tiny, tmp_path, listener, host_memory=10**6

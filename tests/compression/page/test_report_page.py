@@ -6,16 +6,20 @@ import json
 import struct
 import zlib
 from base64 import b64decode
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compression.__main__ import read_request
 from compression.page.axes import in_bytes, ticks
 from compression.page.derived import LEDGER_ROWS
 from compression.page.figures import RULES, resolve
 from compression.page.pixels import picture
 from compression.page.report_page import page_policy, report_page
+from compression.request import Compression
 from tests.compression.made_reports import STRANGE, full_report
 
 
@@ -172,3 +176,20 @@ def test_axes_have_round_steps_that_hold_the_largest(most: float):
     assert steps[0] == 0
     assert steps[-1] >= most
     assert 2 <= len(steps) <= 7
+
+
+def test_the_recipe_on_the_page_is_the_request_that_the_report_answers(tmp_path: Path):
+    request = Compression.model_validate(
+        {
+            "model": "owner/name",
+            "recipe": {"steps": [{"step": "quantize"}]},
+            "target_memory": "3MB",
+            "evaluation": {"speed": True},
+        }
+    )
+    report = full_report().model_copy(update={"request": request.model_dump(mode="json")})
+    page = report_page(report.model_dump(mode="json"))
+
+    (tmp_path / "recipe.yaml").write_text(unescape(page.split('<code id="recipe">')[1].split("</code>")[0]))
+
+    assert read_request(tmp_path / "recipe.yaml", tmp_path) == request
