@@ -17,11 +17,14 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
 def resolve(data: Any, path: str) -> Any:
-    """Return what a path such as ``quality.domains[0].retention`` leads to; None where it leads nowhere."""
+    """Return what a path such as ``quality.domains[0].retention`` leads to; None where it ends early at what was not measured.
+
+    Raises KeyError for a name that is not in the data: a mistyped path must not look like a missing measurement.
+    """
     for name, place in _STEP.findall(path):
         if data is None:
             return None
-        data = data.get(name) if name else data[int(place)]
+        data = data[name] if name else data[int(place)]
     return data
 
 

@@ -13,6 +13,7 @@ from compression.measured import Quality
 from compression.report import BlockRow, LedgerRow, Report, Verification, worst_first
 from compression.reporting import without_long_texts
 from compression.request import Compression, InlineText
+from tests.compression.made_reports import full_report
 
 QUALITY = Quality(tokens=1000, loss_before=2.0, loss_after=2.1, divergence=0.05, top1_agreement=0.9)
 WINDOWS = Verification(
@@ -223,3 +224,13 @@ def test_a_request_with_long_text_of_its_own_is_told_so_that_doing_it_again_is_r
     assert long["calibration"]["source"]["inline"]["sha256"] != told("y" * 5000)["calibration"]["source"]["inline"]["sha256"]
     with pytest.raises(ValidationError, match="inline"):
         Compression.model_validate(long)
+
+
+def test_retention_is_the_worst_of_text_kinds_of_text_and_benchmarks():
+    whole = full_report()
+    text = whole.model_copy(update={"benchmarks": None})
+    alone = text.model_copy(update={"quality": whole.quality.model_copy(update={"domains": ()})})
+
+    # exp(2.0 - 2.25), exp(2.0 - 2.5), and (0.5 - 0.25) / (0.75 - 0.25).
+    assert (alone.retention, text.retention, whole.retention) == pytest.approx((0.7788, 0.6065, 0.5), abs=1e-4)
+    assert whole.result()["retention"] == whole.retention

@@ -15,7 +15,7 @@ import pytest
 
 from compression.__main__ import read_request
 from compression.page.axes import in_bytes, ticks
-from compression.page.derived import LEDGER_ROWS
+from compression.page.derived import LEDGER_ROWS, derive
 from compression.page.figures import RULES, resolve
 from compression.page.pixels import picture
 from compression.page.report_page import page_policy, report_page
@@ -104,6 +104,33 @@ def test_every_expert_has_its_fate_and_its_bits(page: Page):
     assert rows[2]["bits"] == [4.25, 4.25, None, 4.25]
 
 
+def test_experts_of_a_block_that_lost_its_moe_layer_are_gone_and_merged_ones_are_told(report: dict[str, Any]):
+    first, second, third = report["blocks"]
+    first = {**first, "moe_layer": "drop", "experts_kept": [1, 2]}
+    third = {**third, "experts_kept": [0, 1], "merged": {"0": [0, 3], "1": [1]}}
+
+    rows = derive({**report, "blocks": [first, second, third]})["experts"]
+
+    assert [row["fate"] for row in rows] == ["xxxx", "xxxx", "kkxm"]
+
+
+def test_the_method_that_left_the_largest_error_comes_first(report: dict[str, Any]):
+    ledger = [dict(row) for row in report["ledger"]]
+    for row in ledger:
+        row["error_after"] = 0.5 if row["method_used"] == "gptq" else 0.25
+
+    told = derive({**report, "ledger": ledger})["ledger"]
+
+    assert [(row["method"], row["error_after"]) for row in told] == [("gptq", 0.5), ("rtn", 0.25)]
+    assert [row["instead"] for row in told] == [0, sum(row["method_used"] == "rtn" for row in ledger)]
+
+
+def test_a_path_that_leads_nowhere_is_a_mistake_and_not_a_dash(report: dict[str, Any]):
+    assert resolve(report, "benchmarks.rows[1].chance") is None
+    with pytest.raises(KeyError):
+        resolve(report, "quality.perplexity_befor")
+
+
 def test_strangers_text_stays_text():
     page = Page(report_page(full_report(name=STRANGE).model_dump(mode="json")))
 
@@ -111,6 +138,7 @@ def test_strangers_text_stays_text():
     assert all(given["src"].startswith("data:image/png;base64,") for tag, given in page.tags if tag == "img")
     assert not [given for _, given in page.tags if any(name.startswith("on") for name in given)]
     assert json.loads(page.embedded)["model"] == STRANGE
+    assert "<" not in page.embedded
 
 
 def test_the_page_asks_nobody_for_anything(page: Page):
