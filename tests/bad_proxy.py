@@ -31,7 +31,9 @@ class Faults:
     """Share of the requests that are answered 503; only with ``http=True``."""
     cut_up: int | None = None
     cut_down: int | None = None
-    """The connection is reset after so many bytes."""
+    """The connection is reset after so many bytes; of those, what the client has not read yet is lost as well."""
+    end_down: int | None = None
+    """The connection ends after so many bytes, which all arrive."""
     flip_up: int | None = None
     flip_down: int | None = None
     """The byte at this place is another one."""
@@ -151,6 +153,7 @@ class BadProxy:
     def _pump(self, source: socket.socket, sink: socket.socket, first: bytes, way: str, faults: Faults) -> None:
         """Carry bytes one way until the end, or until what is to happen has happened."""
         cut, flip, stall = (getattr(faults, f"{name}_{way}") for name in ("cut", "flip", "stall"))
+        end = faults.end_down if way == "down" else None
         passed = 0
         with suppress(OSError):
             while data := first or source.recv(_CHUNK):
@@ -158,11 +161,13 @@ class BadProxy:
                 if flip is not None and passed <= flip < passed + len(data):
                     place = flip - passed
                     data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-                stop = min((limit for limit in (cut, stall) if limit is not None), default=None)
+                stop = min((limit for limit in (cut, stall, end) if limit is not None), default=None)
                 whole = stop is None or passed + len(data) <= stop
                 sink.sendall(data if whole else data[: stop - passed])
                 passed += len(data)
                 self._count(way, len(data))
+                if not whole and stop == end:
+                    break
                 if not whole and stop == cut:
                     _reset(source)
                     _reset(sink)
