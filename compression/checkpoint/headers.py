@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from compression.architectures import ARCHITECTURES, REFUSED
+from compression.checkpoint.believed import MARKS_PER_TENSOR, believed_tensors
 from compression.errors import (
     BrokenCheckpoint,
     ModelNotFound,
@@ -53,11 +54,8 @@ _MAX_HEADER = 40 * 10**6
 """Bytes of all the headers of a checkpoint together; the largest known need half of it."""
 _MAX_NOT_ASCII = 4 * 2**20
 """Bytes of a JSON file beyond which it must be ASCII: one other letter makes all letters four times as big in memory."""
-_MAX_MARKS = 2_500_000
-"""Brackets and commas in one JSON file, and in all headers together: a hundred thousand tensors need about one million."""
 _MAX_CONFIG_MARKS = 100_000
 _MAX_SHARDS = 4096
-_MAX_TENSORS = 250_000
 _MAX_RANK = 16
 _MAX_NAME = 512
 
@@ -182,8 +180,9 @@ def read_checkpoint(files: CheckpointFiles) -> Checkpoint:
     names = set(files.names())
     config = _read_config(files, names)
     tensors: dict[str, TensorHeader] = {}
-    places, shards = _find_shards(files, names)
-    left, marks = _MAX_HEADER, _MAX_MARKS
+    most = believed_tensors(config)
+    left, marks = _MAX_HEADER, MARKS_PER_TENSOR * most
+    places, shards = _find_shards(files, names, marks)
     for file in shards:
         raw = _raw_header(files, file, left)
         left -= len(raw)
@@ -192,8 +191,10 @@ def read_checkpoint(files: CheckpointFiles) -> Checkpoint:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise BrokenCheckpoint(f"tensor {tensor.name!r} is in {other.file!r} and again in {file!r}")
-        if len(tensors) > _MAX_TENSORS:
-            raise BrokenCheckpoint(f"{len(tensors)} tensors were found up to {file!r}; at most {_MAX_TENSORS} are read")
+        if len(tensors) > most:
+            raise BrokenCheckpoint(
+                f"{len(tensors)} tensors were found up to {file!r}; with this {CONFIG}, at most {most} are believed"
+            )
     for name, file in places.items():
         if name not in tensors or tensors[name].file != file:
             raise BrokenCheckpoint(f"{INDEX} places tensor {name[:_MAX_NAME]!r} in {file!r}, which does not hold it")
@@ -238,12 +239,12 @@ def _check_depth(config: dict[str, Any]) -> set[str]:
     raise BrokenCheckpoint(f"{CONFIG} is nested more than {_MAX_CONFIG_DEPTH} deep")
 
 
-def _find_shards(files: CheckpointFiles, names: set[str]) -> tuple[dict[str, str], list[str]]:
+def _find_shards(files: CheckpointFiles, names: set[str], marks: int) -> tuple[dict[str, str], list[str]]:
     """Return what the index claims (nothing without one) and the files to read; a single file wins, as in stock loaders."""
     if SINGLE in names:
         return {}, [SINGLE]
     if INDEX in names:
-        places = _read_index(files)
+        places = _read_index(files, marks)
         shards = sorted(set(places.values()))
         _check_shards(shards, names)
         return places, shards
@@ -253,8 +254,8 @@ def _find_shards(files: CheckpointFiles, names: set[str]) -> tuple[dict[str, str
     raise BrokenCheckpoint(f"there is neither {SINGLE} nor {INDEX}")
 
 
-def _read_index(files: CheckpointFiles) -> dict[str, str]:
-    places = _parse_object(_read_whole(files, INDEX, _MAX_HEADER, _MAX_MARKS), INDEX).get("weight_map")
+def _read_index(files: CheckpointFiles, marks: int) -> dict[str, str]:
+    places = _parse_object(_read_whole(files, INDEX, _MAX_HEADER, marks), INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise BrokenCheckpoint(f"{INDEX} has no weight_map from tensor to file")
     for name, file in cast("dict[str, object]", places).items():
@@ -366,7 +367,7 @@ def _checked_marks(raw: bytes, name: str, limit: int) -> int:
     """Count brackets and commas: an empty list is two bytes on disk and a hundred in memory, so they bound what parsing takes."""
     marks = sum(raw.count(mark) for mark in (b"{", b"[", b","))
     if marks > limit:
-        raise BrokenCheckpoint(f"{name} holds {marks} brackets and commas; at most {limit} more are parsed")
+        raise BrokenCheckpoint(f"{name} holds {marks} brackets and commas, more than the {limit} that are parsed")
     return marks
 
 

@@ -99,9 +99,12 @@ def refusals_of_the_header() -> dict[str, tuple[MemoryFiles, str]]:
     overlap = {"a": A, "b": {**B, "data_offsets": [20, 28]}}
     repeated = b'{"a": ' + json.dumps(A).encode() + b', "a": ' + json.dumps(A).encode() + b"}"
     return {
-        "empty file": (MemoryFiles({"config.json": b"{}", "model.safetensors": b""}), "too short"),
-        "seven bytes": (MemoryFiles({"config.json": b"{}", "model.safetensors": bytes(7)}), "too short"),
-        "header past the end": (MemoryFiles({"config.json": b"{}", "model.safetensors": b"\xff" + bytes(9)}), "ends inside"),
+        "empty file": (MemoryFiles({"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b""}), "too short"),
+        "seven bytes": (MemoryFiles({"config.json": b'{"model_type": "mixtral"}', "model.safetensors": bytes(7)}), "too short"),
+        "header past the end": (
+            MemoryFiles({"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b"\xff" + bytes(9)}),
+            "ends inside",
+        ),
         "not JSON": (single(b"{nonsense", 0), "JSON"),
         "not UTF-8": (single(b'{"\xff": 1}', 0), "JSON"),
         "a list": (single([], 0), "object"),
@@ -120,7 +123,7 @@ def refusals_of_the_header() -> dict[str, tuple[MemoryFiles, str]]:
         "size is a fraction": (single(a(shape=[2.0, 3]), 24), "shape"),
         "size is true": (single(a(shape=[True, 6]), 24), "shape"),
         "huge size": (single(a(shape=[2**70, 0]), 24), "shape"),
-        "a million dimensions": (single(a(shape=[1] * 10**6), 24), "shape"),
+        "many dimensions": (single(a(shape=[1] * 50_000), 24), "shape"),
         "three offsets": (single(a(data_offsets=[0, 24, 24]), 24), "data_offsets"),
         "offsets reversed": (single(a(data_offsets=[24, 0]), 24), "cannot fill"),
         "shape and bytes disagree": (single(a(shape=[2, 4]), 24), "cannot fill"),
@@ -236,7 +239,7 @@ def test_an_empty_auto_map_asks_for_nothing():
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt"])
 def test_pickled_weights_alone_are_unsafe_and_never_opened(suffix: str):
-    files = MemoryFiles({"config.json": b"{}", f"model.{suffix}": b"pickle"})
+    files = MemoryFiles({"config.json": b'{"model_type": "mixtral"}', f"model.{suffix}": b"pickle"})
 
     with pytest.raises(UnsafeCheckpoint, match=f"model.{suffix}"):
         read_checkpoint(files)
@@ -253,4 +256,4 @@ def test_pickled_weights_beside_safetensors_are_ignored():
 
 def test_a_config_without_any_weights_is_broken():
     with pytest.raises(BrokenCheckpoint, match=r"neither model\.safetensors nor"):
-        read_checkpoint(MemoryFiles({"config.json": b"{}", "other.safetensors": b""}))
+        read_checkpoint(MemoryFiles({"config.json": b'{"model_type": "mixtral"}', "other.safetensors": b""}))

@@ -88,7 +88,8 @@ def test_the_width_of_dense_blocks_is_asked_for_by_name():
 
 
 def test_marks_are_counted_over_the_headers_of_all_shards(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(headers, "_MAX_MARKS", 14)  # the index has 5, the headers 8 and 7
+    monkeypatch.setattr(headers, "believed_tensors", lambda config: 14)
+    monkeypatch.setattr(headers, "MARKS_PER_TENSOR", 1)  # the index has 5, the headers 8 and 7
     places = {"a": "one.safetensors", "b": "two.safetensors"}
 
     with pytest.raises(BrokenCheckpoint, match=r"'?two\.safetensors'? holds \d+ brackets"):

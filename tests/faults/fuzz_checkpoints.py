@@ -3,8 +3,7 @@
     python -m tests.faults.fuzz_checkpoints --cases 10000 --seed 1
 
 A case is sound if it ends in a plan, or in a RequestError whose code the HTTP face knows, within a second of processor
-time (and 30 microseconds more for every tensor: at most 250 000 are read), and takes no more than 300 MB at its peak, the
-draft itself not counted. An alarm ends a case that hangs.
+time, and takes no more than 300 MB at its peak, the draft itself not counted. An alarm ends a case that hangs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from jobs.settings import Settings
 from jobs.sources import read_checkpoint_of
 from tests.faults.hostile import draw, write
 
-SECONDS, SECONDS_PER_TENSOR, HANGS_AFTER, GROWTH = 1.0, 30e-6, 30, 300 * 10**6
+SECONDS, HANGS_AFTER, GROWTH = 1.0, 30, 300 * 10**6
 _QUANTIZE = {"step": "quantize"}
 RECIPES = (
     {"recipe": {"steps": [_QUANTIZE]}},
@@ -104,7 +103,7 @@ def _one(number: int, folder: Path, settings: Settings, tally: Tally, seconds: f
     if took > tally.slowest:
         tally.slowest, tally.slowest_case = took, name
     tally.grown = max(tally.grown, grown)
-    if took > seconds + SECONDS_PER_TENSOR * len(draft.tensors):
+    if took > seconds:
         yield f"{name}: took {took:.1f} s, to end in {outcome}"
     if grown > GROWTH:
         yield f"{name}: took {grown} bytes, to end in {outcome}"

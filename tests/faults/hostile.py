@@ -291,7 +291,7 @@ def _many(random: Random, draft: Draft) -> None:
     stem = random.choice(
         ("x{}", "model.layers.0.x{}", "model.layers.{}.x", "model.layers.0.mlp.experts.{}.gate_proj.weight", "mtp.{}")
     )
-    count = random.choice((20_000, 20_000, 60_000, 250_000, 400_000))
+    count = random.choice((5_000, 9_000, 20_000, 60_000, 400_000))
     draft.tensors |= {stem.format(number): ("BF16", (1,)) for number in range(count)}
 
 
