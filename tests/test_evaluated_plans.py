@@ -25,8 +25,9 @@ def model(tiny_model_factory, tmp_path_factory):
     for seed, name in enumerate(("calibration.txt", "heldout.txt")):
         draw = random.Random(seed)
         (folder / name).write_text(" ".join(draw.choice(WORDS) for _ in range(4000)), encoding="utf-8")
+    # In float32: in bfloat16, what a batch of plans rounds and what one alone does may send a token to other experts.
     given = Namespace(
-        model=tiny_model_factory("deepseek_v3", dtype="bfloat16"), text=folder, studies=folder, windows=4, out=folder / "out"
+        model=tiny_model_factory("deepseek_v3", dtype="float32"), text=folder, studies=folder, windows=4, out=folder / "out"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench._planned, "SAMPLES", 8)
