@@ -33,11 +33,11 @@ check: $(dev_stamp)
 	$(VENV)/bin/lint-imports
 
 # Small operations are quicker on one thread than on two that wait for each other: a process per core, each on one. What starts
-# services and kills them comes after the rest, two files at a time, for it mostly waits. Exit code 5: nothing was selected.
+# services and kills them comes after the rest, three files at a time, for it mostly waits. Exit code 5: nothing was selected.
 test: check
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest --numprocesses auto --dist worksteal \
 		--ignore tests/worker --ignore tests/end_to_end --ignore tests/faults/test_history.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest --numprocesses 2 --dist loadfile \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest --numprocesses 3 --dist loadfile \
 		tests/worker tests/faults/test_history.py tests/end_to_end $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(run_stamp)

@@ -83,20 +83,34 @@ def test_a_plan_of_a_hostile_model_is_a_plan_or_a_problem(there: tuple[TestClien
 SPELLINGS = (
     "../../db.sqlite3", "..%2f..%2fdb.sqlite3", "%2e%2e/%2e%2e/db.sqlite3", "%252e%252e%252fdb.sqlite3",
     "/etc/passwd", "%2fetc%2fpasswd",
-    "..\\..\\db.sqlite3", "..%5c..%5cdb.sqlite3", "config.json%00", "config.json%00.png", "./config.json", "a//b.safetensors",
-    "a/../config.json", "a%2fb.safetensors/", "CONFIG.JSON", "manifest.json", "%c0%ae%c0%ae/config.json", "\u202econfig.json", "",
+    "..\\..\\db.sqlite3", "..%5c..%5cdb.sqlite3", "config.json%00", "config.json%00.png", "a//b.safetensors",
+    "a%2fb.safetensors/", "CONFIG.JSON", "manifest.json", "%c0%ae%c0%ae/config.json", "\u202econfig.json", "",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_spelling_of_a_path_leads_out_of_an_artifact(there: tuple[TestClient, World, Path], spelling: str):
-    client, world, _ = there
-    job = world.values["job_id"][0]
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, str]]:
+    """A service that nobody else asks, and where the files of a finished job are."""
+    with a_face(tmp_path_factory.mktemp("files")) as (client, world):
+        yield client, f"/v1/jobs/{world.values['job_id'][0]}/artifact/files"
 
-    answer = client.get(f"/v1/jobs/{job}/artifact/files/{spelling}")
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_spelling_of_a_path_leads_out_of_an_artifact(files: tuple[TestClient, str], spelling: str):
+    client, url = files
+    assert client.get(f"{url}/config.json").content == b"{}"  # there is something to find
+
+    answer = client.get(f"{url}/{spelling}")
 
     assert answer.status_code == 404, answer.text[:300]
     assert answer.headers["content-type"] == PROBLEM_JSON
+
+
+@pytest.mark.parametrize("spelling", ["./config.json", "a/../config.json"])
+def test_a_path_that_clients_shorten_before_they_send_it_is_the_short_one(files: tuple[TestClient, str], spelling: str):
+    client, url = files
+
+    assert client.get(f"{url}/{spelling}").content == b"{}"
 
 
 MODELS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -142,9 +143,7 @@ def test_a_message_that_is_being_written_is_not_there_yet(folder: Settings, monk
 def test_a_broker_that_fails_costs_the_caller_nothing(folder: Settings, caplog: pytest.LogCaptureFixture):
     settings, announcer = folder, Announcer(folder)
     announcer.announce("job_1", CPU)
-    for path in settings.queue_folder.glob("*.msg"):
-        path.unlink()
-    settings.queue_folder.rmdir()
+    shutil.rmtree(settings.queue_folder)
     settings.queue_folder.write_text("a file where the folder was")
 
     announcer.announce("job_2", CPU)
