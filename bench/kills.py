@@ -93,6 +93,7 @@ def told(outcome: Outcome, given: argparse.Namespace, wanted: list[str], house: 
     struck = Counter(member.split("-")[0] for member, _ in house.kills)
     print(f"{given.jobs} jobs, faults {given.faults}, seed {given.seed}: {dict(outcome.statuses)} in {outcome.seconds:.0f} s")
     print(f"attempts {outcome.attempts}; kills {sum(struck.values())}: {dict(struck)}, while {dict(outcome.kills)}")
+    print(f"restarts of Redis {house.parts.redis.server.starts - 1}, of PostgreSQL {house.parts.postgres.server.starts - 1}")
     if given.faults == "s3":
         print(f"requests to the bucket answered 503: {refused}")
     print(f"artifacts whose every byte is that of an undisturbed run: {len(kinds) - len(others)} of {len(kinds)}")

@@ -47,9 +47,11 @@ class Server:
     stop_signal: signal.Signals = signal.SIGTERM
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
 
     def start(self) -> None:
         """Start it and wait until it answers."""
+        self.starts += 1
         with (self.folder / "server.log").open("ab") as log:
             # Where another user runs it, the kernel would forget whose end is to be its own.
             command = self.command if self.user is not None else tethered(self.command)
