@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compression.checkpoint import headers
 from compression.checkpoint.headers import DTYPE_BITS, read_checkpoint
 from compression.errors import BrokenCheckpoint, SlimtrimError
-from tests.compression.made_checkpoints import TWO_SHARDS, A, B, MemoryFiles, safetensors, sharded, single
+from tests.compression.made_checkpoints import CONFIG, TWO_SHARDS, A, B, MemoryFiles, safetensors, sharded, single
 
 
 def test_a_header_that_claims_to_be_huge_is_refused_after_eight_bytes():
@@ -114,7 +114,7 @@ def read_or_refuse(files: MemoryFiles) -> None:
 @hostile
 @given(content=st.binary(max_size=200))
 def test_no_bytes_whatever_make_the_reader_fail_otherwise_than_by_name(content: bytes):
-    read_or_refuse(MemoryFiles({"config.json": b"{}", "model.safetensors": content}))
+    read_or_refuse(MemoryFiles({"config.json": json.dumps(CONFIG).encode(), "model.safetensors": content}))
 
 
 @hostile
@@ -131,7 +131,9 @@ def test_no_damage_to_a_good_file_makes_the_reader_fail_otherwise_than_by_name(f
     for position, value in flips:
         content[position] = value
 
-    read_or_refuse(MemoryFiles({"config.json": b"{}", "model.safetensors": bytes(content[: len(content) - cut])}))
+    read_or_refuse(
+        MemoryFiles({"config.json": json.dumps(CONFIG).encode(), "model.safetensors": bytes(content[: len(content) - cut])})
+    )
 
 
 @hostile
