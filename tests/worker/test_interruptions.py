@@ -142,8 +142,7 @@ def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path
         stand.start_worker("second")
         job = stand.wait_over(job_id)
         published = stand.stored(job_id)
-        for pid in asleep:
-            os.kill(pid, signal.SIGCONT)
+        _wake(asleep)
         stand.wait(lambda: '"interrupted": "lost"' in stand.logs(), "the sleeper to find out")
 
         assert (job.status, job.fence) == (JobStatus.SUCCEEDED, 2)
@@ -162,9 +161,14 @@ def _fall_asleep(stand: Stand, pids: list[int]) -> bool:
         os.kill(pid, signal.SIGSTOP)
     if stand.can_write():
         return True
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    _wake(pids)
     return False
+
+
+def _wake(pids: list[int]) -> None:
+    """Let the processes go on, the child first: a worker that is awake may have killed and reaped it at once."""
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_job_cancelled_while_its_worker_is_dead_is_cancelled_when_the_lease_ends(tmp_path: Path):
