@@ -216,6 +216,14 @@ class Stand:
         assert not left, f"processes outlived their worker: {left}"
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Say whether a process runs no more, be it buried yet or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # buried between the two questions
+        return True
+
+
 @contextmanager
 def a_stand(folder: Path, **settings: Any) -> Iterator[Stand]:
     """A stand that is closed at the end."""

@@ -6,11 +6,10 @@ import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs.status import JobStatus
-from tests.worker.stand import OWNER, Stand, a_stand
+from tests.worker.stand import OWNER, Stand, a_stand, has_ended
 
 LONG = {"blocks": 100_000, "block_s": 0.05}
 
@@ -112,7 +111,7 @@ def test_a_killed_workers_child_dies_with_it_and_another_worker_finishes_the_job
         assert child is not None
 
         first.kill()
-        stand.wait(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the end of the child")
+        stand.wait(lambda: has_ended(child), "the end of the child")
         stand.start_worker("second")
         job = stand.wait_over(job_id)
 
@@ -138,7 +137,7 @@ def test_a_worker_that_slept_through_its_lease_can_change_nothing(tmp_path: Path
         stand.wait(lambda: stand.job(job_id).status == JobStatus.QUEUED, "the end of the lease")
         if sleepers == "worker alone":
             # Its lease has passed, nobody renews it, so it stops at the end of a block, its worker still asleep.
-            stand.wait(lambda: child.status() == psutil.STATUS_ZOMBIE, "the child to stop by itself")
+            stand.wait(lambda: has_ended(child), "the child to stop by itself")
         stand.start_worker("second")
         job = stand.wait_over(job_id)
         published = stand.stored(job_id)

@@ -16,6 +16,7 @@ import pytest
 
 from compression.errors import BrokenCheckpoint, DiskFull, OutOfGpuMemory, OutOfHostMemory, SlimtrimError
 from jobs.errors import WorkerLost
+from tests.worker.stand import has_ended
 from worker import process
 from worker.faults import as_ours
 from worker.leash import Interrupted, Interruption, Leash
@@ -44,11 +45,14 @@ def run(
 
 def is_gone(pid: int) -> bool:
     """Say whether the process ends; init may take a moment to bury it."""
+    try:
+        asked = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return True
     end = time.monotonic() + 10
-    while time.monotonic() < end:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-    return False
+    while not has_ended(asked) and time.monotonic() < end:
+        time.sleep(0.01)
+    return has_ended(asked)
 
 
 def test_a_child_that_asks_is_answered_from_another_thread_while_its_lease_is_renewed():

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from jobs.keys import new_key
-from tests.worker.stand import Stand, a_stand
+from tests.worker.stand import Stand, a_stand, has_ended
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ def ready(stand: Stand) -> subprocess.Popen[bytes]:
 
 
 def gone(stand: Stand, processes: list[psutil.Process]) -> bool:
-    stand.wait(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes), "their end")
+    stand.wait(lambda: all(has_ended(process) for process in processes), "their end")
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,12 @@ HARNESS = "compression.evaluation.harness"
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "compression.evaluation" in " ".join(child.cmdline())]
+    found = list[psutil.Process]()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # one that ends just now has no command line
+            if "compression.evaluation" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def never() -> None:
