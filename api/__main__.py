@@ -11,6 +11,7 @@ import uvicorn
 
 from api.app import create_app
 from compression.errors import SlimtrimError
+from compression.planner.milp import import_solver
 from jobs.database import make_engine
 from jobs.key_rows import require_keys
 from jobs.logs import configure_logs
@@ -56,6 +57,8 @@ def main() -> int:
     )
     listener = config.bind_socket()
     prepare(listener)
+    # Before anybody is answered: in a thread beside the first requests it made each of them wait for the interpreter.
+    import_solver()
     # What was imported stays; a collector that looks through it all stops every answer for a tenth of a second.
     gc.collect()
     gc.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -17,7 +16,6 @@ from api.routes import artifacts, catalog, events, health, jobs, metrics, plans,
 from api.service import open_service
 from api.submission import code_version
 from api.watching import Watching
-from compression.planner.milp import import_solver
 from jobs.database import Announce
 from jobs.settings import Settings
 from jobs.traces import tracing
@@ -32,7 +30,6 @@ def create_app(settings: Settings, announce: Announce | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        threading.Thread(target=import_solver, name="import-solver", daemon=True).start()
         # Tracing here and not around the server, which ends by the signal that it was sent once everybody is answered.
         with tracing("api"):
             async with service.streams.running():

@@ -197,13 +197,11 @@ def test_a_served_plan_loads_neither_torch_nor_its_friends(tmp_path: Path):
 import sys
 from pathlib import Path
 from starlette.testclient import TestClient
-import api.app
 from api.app import create_app
 from jobs.database import migrate
 from jobs.settings import Settings
 folder = Path(sys.argv[1])
 settings = Settings(data_dir=folder / "data", model_roots=(folder / "models",))
-api.app.import_solver = lambda: None  # loads numpy beside the first requests, by intention
 migrate(settings)
 with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
     body = {"model": "file://" + sys.argv[2], "recipe": {"steps": [{"step": "quantize"}]}}

@@ -175,6 +175,29 @@ def test_without_keys_the_server_refuses_to_listen_to_others(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_solver_is_there_before_anybody_is_answered_and_no_collector_looks_through_it(tmp_path: Path):
+    """In a thread beside the first answers its import made them several times as slow, and the collector paused later ones."""
+    program = """
+import gc, sys
+import api.__main__ as service
+class Server:
+    def __init__(self, config): pass
+    def run(self, sockets):
+        solver = [sys.modules.get(name) for name in ("numpy", "scipy.optimize", "scipy.sparse")]
+        looked_through = {id(seen) for seen in gc.get_objects()}
+        sys.exit(f"{solver}" if None in solver or any(id(part) in looked_through for part in solver) else 0)
+service.Server = Server
+service.main()
+"""
+    settings = Settings(data_dir=tmp_path)
+    migrate(settings)
+    mine = {**os.environ, "SLIMTRIM_DATA_DIR": str(tmp_path), "SLIMTRIM_PORT": "0"}
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=mine, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_answer_in_two_parts_waits_for_nothing():
     """Without TCP_NODELAY each answer on a connection that stays open comes 40 ms late: the client has nothing to acknowledge."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
