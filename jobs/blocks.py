@@ -92,9 +92,9 @@ class BlockRepository:
             self._session.execute(delete(JobBlock).where(JobBlock.owner == owner, JobBlock.fingerprint == fingerprint))
         return [prefix_of(owner, fingerprint) for owner, fingerprint in gone]
 
-    def is_kept(self, job_id: str, fence: int, prefix: str) -> bool:
-        """Say whether a row refers to files of this attempt below this prefix of ``prefix_of``."""
+    def kept_of(self, job_id: str, fence: int, prefix: str) -> set[str]:
+        """Return the names of the parts below this prefix of ``prefix_of`` whose files this attempt stored."""
         _, owner, fingerprint = prefix.rstrip("/").split("/")
         mine = JobBlock.job_id == job_id, JobBlock.fence == fence
         place = JobBlock.owner == owner, JobBlock.fingerprint == fingerprint
-        return self._session.scalar(select(JobBlock.name).where(*mine, *place).limit(1)) is not None
+        return set(self._session.scalars(select(JobBlock.name).where(*mine, *place)))

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _CLEAN_EVERY_S = 60.0
 _UPLOAD_S = 86_400.0
 """Unfinished uploads and files in the store are removed when they are older: no attempt takes a day to store its artifact."""
 _ATTEMPT = re.compile(r"(?:artifacts/|(?P<part>blocks/[^/]+/[^/]+/))?(?P<job>job_[0-9a-z]+)/a(?P<fence>\d+)")
+_PART = re.compile(rf"(?P<attempt>{ROOT}/[^/]+/[^/]+/job_[0-9a-z]+/a\d+)/(?P<name>[^/]+)/")
 
 _log = logging.getLogger("maintenance")
 
@@ -84,10 +86,9 @@ class Maintenance:
             if not self._is_held(prefix) and not self._is_published(prefix):
                 _note("artifact of no job removed", [_named(prefix)])
                 self._storage.delete(prefix)
-        for prefix in self._stored_parts():
-            if not self._is_held(prefix) and not self._is_kept(prefix):
-                _note("part of no run removed", [_named(prefix)])
-                self._storage.delete(prefix)
+        for prefix, names in self._stored_parts().items():
+            if not self._is_held(prefix):
+                self._remove_parts(prefix, names - self._kept_names(prefix))
 
     def _announce_again(self) -> None:
         waiting = self._announcer.pending()
@@ -104,10 +105,18 @@ class Maintenance:
         matches = (_ATTEMPT.match(key) for key in self._storage.list("artifacts"))
         return sorted({match[0] for match in matches if match})
 
-    def _stored_parts(self) -> list[str]:
-        """Return what each attempt has stored of finished blocks; a transfer may have ended without its row."""
-        matches = (_ATTEMPT.match(key) for key in self._storage.list(ROOT))
-        return sorted({match[0] for match in matches if match})
+    def _stored_parts(self) -> dict[str, set[str]]:
+        """Return what each attempt has stored of finished parts, by name; a transfer may have ended without its row."""
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for key in self._storage.list(ROOT):
+            if match := _PART.match(key):
+                found[match["attempt"]].add(match["name"])
+        return found
+
+    def _remove_parts(self, prefix: str, names: set[str]) -> None:
+        for name in sorted(names):
+            _note("part of no run removed", [{**_named(prefix), "part": name}])
+            self._storage.delete(f"{prefix}/{name}")
 
     def _is_held(self, path: str) -> bool:
         match = _ATTEMPT.match(path)
@@ -116,11 +125,11 @@ class Maintenance:
         with reading(self._open_reader) as work:
             return work.upkeep.is_held(match["job"], int(match["fence"]))
 
-    def _is_kept(self, prefix: str) -> bool:
+    def _kept_names(self, prefix: str) -> set[str]:
         match = _ATTEMPT.match(prefix)
         assert match is not None
         with reading(self._open_reader) as work:
-            return work.blocks.is_kept(match["job"], int(match["fence"]), match["part"])
+            return work.blocks.kept_of(match["job"], int(match["fence"]), match["part"])
 
     def _is_published(self, prefix: str) -> bool:
         job_id = prefix.split("/")[1]

@@ -9,27 +9,32 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobs.status import JobStatus
-from jobs.tables import Job, JobAttempt, JobEvent
+from jobs.tables import Job, JobAttempt, JobBlock, JobEvent
 from tests.faults.history import History, Note, World
 
 _START = datetime(2026, 11, 1, tzinfo=UTC)
 _FILE = b"weights"
 _MANIFEST = {"files": [{"path": "model.safetensors", "sha256": hashlib.sha256(_FILE).hexdigest()}], "bytes": len(_FILE)}
 _PLACE = "things/artifacts/job_1/a2/"
+_KEPT = "blocks/ann/study-1/job_1/a1/study/rows"
 
 
 def sound() -> tuple[History, World]:
-    """Return a job that was lost once, then succeeded, and what its caller saw."""
+    """Return a job that was lost once, then succeeded, what its caller saw, and a study of it that later jobs may use."""
     kinds = ["job.created", "job.started", "job.attempt_failed", "job.started", "job.succeeded"]
     job = Job(
         id="job_1", status=JobStatus.SUCCEEDED, last_seq=len(kinds), fence=2, labels={"key": "k"},
-        artifact_prefix="artifacts/job_1/a2/", request={"webhook": {"events": ["job.succeeded"]}},
+        owner="ann", fingerprint="f", artifact_prefix="artifacts/job_1/a2/", request={"webhook": {"events": ["job.succeeded"]}},
     )  # fmt: skip
     attempts = [
         JobAttempt(job_id="job_1", fence=fence, started_at=_at(fence), ended_at=_at(fence + 0.9), outcome=outcome)
         for fence, outcome in ((1, "lost"), (2, "succeeded"))
     ]
-    objects = {_PLACE + "model.safetensors": _FILE, _PLACE + "manifest.json": json.dumps(_MANIFEST).encode()}
+    objects = {
+        _PLACE + "model.safetensors": _FILE,
+        f"things/{_KEPT}": _FILE,
+        _PLACE + "manifest.json": json.dumps(_MANIFEST).encode(),
+    }
     world = World(
         jobs=[job],
         events={"job_1": [JobEvent(job_id="job_1", seq=seq, type=kind) for seq, kind in enumerate(kinds, start=1)]},
@@ -38,6 +43,7 @@ def sound() -> tuple[History, World]:
         keys=sorted(objects),
         read=objects.__getitem__,
         orphan_uploads=[],
+        parts=[_part("study-1", _KEPT)],
         told=[{"type": "job.succeeded", "data": {"job_id": "job_1"}}],
     )
     history = History()
@@ -67,6 +73,11 @@ def _at(hours: float) -> datetime:
 
 def _note(operation: str, fate: str, answer: Any, **about: Any) -> Callable[[History, World], None]:
     return lambda history, _: history.notes.append(Note(operation, about, fate, answer))
+
+
+def _part(fingerprint: str, key: str) -> JobBlock:
+    file = {"path": "rows", "key": key, "bytes": len(_FILE), "sha256": hashlib.sha256(_FILE).hexdigest()}
+    return JobBlock(owner="ann", fingerprint=fingerprint, name="study", job_id="job_1", fence=1, files={"files": [file]})
 
 
 def _twin(_: History, world: World) -> None:
@@ -101,6 +112,12 @@ _CHANGES: dict[str, tuple[Callable[[History, World], None], str]] = {
     "a cancel that was forgotten": (_note("cancel", "ok", {"status": "cancelling"}, job="job_1"), "P6"),
     "a receiver that was not told": (_set(lambda world: world, told=[]), "P8"),
     "a file that is not the manifest's": (_set(lambda world: world, read=lambda _: b"other"), "P3"),
-    "files that nobody owns": (_set(lambda world: world, keys=["things/artifacts/job_0/a1/x"]), "P11"),
+    "a part that is not the row's": (
+        lambda _, world: world.parts[0].files["files"][0].update(sha256="0"),
+        "not what its row says",
+    ),
+    "files that nobody owns": (_set(lambda world: world, keys=[f"things/{_KEPT}", "things/artifacts/job_0/a1/x"]), "P11"),
+    "blocks of a job that succeeded": (_set(lambda world: world, parts=[_part("f", _KEPT)]), "P11"),
+    "a part whose file is gone": (_set(lambda world: world, keys=[_PLACE + "manifest.json"]), "is named by a row and gone"),
     "an upload without an end": (_set(lambda world: world, orphan_uploads=["things/x"]), "P11"),
 }

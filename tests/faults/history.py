@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from jobs.status import TERMINAL, JobStatus
-from jobs.tables import Job, JobAttempt, JobEvent
+from jobs.tables import Job, JobAttempt, JobBlock, JobEvent
 
 OVER = {status.value for status in TERMINAL}
 _PATHS = {
@@ -71,6 +71,8 @@ class World:
     read: Any
     """Returns an object's bytes, given its key."""
     orphan_uploads: Sequence[str]
+    parts: Sequence[JobBlock] = ()
+    """The rows of finished blocks and studies."""
     told: Sequence[dict[str, Any]] = ()
     """Bodies that the webhooks' receiver got."""
 
@@ -159,20 +161,42 @@ def _check_cancels(history: History, rows: dict[str, Job]) -> None:
             assert status == JobStatus.CANCELLED, f"P6: {note.about['job']} was cancelled and is {status}"
 
 
+def leftovers(world: World) -> list[str]:
+    """Return the keys that belong to no artifact and to no finished part that somebody may still ask for."""
+    artifacts = {
+        f"things/{job.artifact_prefix}{path}"
+        for job in world.jobs
+        if job.status == JobStatus.SUCCEEDED
+        for path in ("manifest.json", *(file["path"] for file in world.manifests[job.id]["files"]))
+    }
+    return sorted(set(world.keys) - artifacts - {key for key, _ in _kept_files(world)})
+
+
+def _kept_files(world: World) -> list[tuple[str, str]]:
+    """Return key and sha256 of parts that later jobs would find; those of a job that succeeded are to be gone."""
+    served = {(job.owner, job.fingerprint) for job in world.jobs if job.status == JobStatus.SUCCEEDED}
+    asked_for = [part for part in world.parts if (part.owner, part.fingerprint) not in served]
+    return [(f"things/{file['key']}", file["sha256"]) for part in asked_for for file in part.files["files"]]
+
+
 def _check_bucket(world: World) -> None:
-    """P3: artifacts are complete and what their manifests say; nothing else is left over."""
-    wanted: set[str] = set()
+    """P3: artifacts are complete and what their manifests say, finished blocks what their rows say; nothing else is left over."""
     for job in world.jobs:
         if job.status != JobStatus.SUCCEEDED:
             continue
         manifest = world.manifests[job.id]
         for file in manifest["files"]:
             key = f"things/{job.artifact_prefix}{file['path']}"
-            content = world.read(key)
-            assert hashlib.sha256(content).hexdigest() == file["sha256"], f"P3: {key} is not what the manifest says"
-            wanted.add(key)
+            assert _sha256(world, key) == file["sha256"], f"P3: {key} is not what the manifest says"
         key = f"things/{job.artifact_prefix}manifest.json"
         assert json.loads(world.read(key)) == manifest, f"P3: {key} is not the row's manifest"
-        wanted.add(key)
-    assert sorted(set(world.keys) - wanted) == [], "P11: objects of no artifact are left"
+    for key, sha256 in _kept_files(world):
+        assert key in world.keys, f"P3: {key} is named by a row and gone"
+        assert _sha256(world, key) == sha256, f"P3: {key} is not what its row says"
+    left = leftovers(world)
+    assert left == [], f"P11: objects of no artifact and of no unfinished run are left: {left}"
     assert list(world.orphan_uploads) == [], "P11: unfinished uploads are left"
+
+
+def _sha256(world: World, key: str) -> str:
+    return hashlib.sha256(world.read(key)).hexdigest()

@@ -13,10 +13,11 @@ from typing import Any
 from jobs.settings import Settings
 from jobs.tables import Job
 from tests.faults.callers import PATIENCE_S, Caller
-from tests.faults.history import History, World, check
+from tests.faults.history import History, World, check, leftovers
 from tests.faults.house import House
 from worker.maintenance import Maintenance
 
+_TRANSFER_S = 30.0
 Fault = Callable[[House, random.Random], None]
 
 
@@ -90,18 +91,25 @@ def settled(house: House, told: Sequence[dict[str, Any]], known: set[str]) -> Wo
     wanted = {end for end, events in ends.items() if end[1] in events}
     stand.wait(lambda: wanted <= {(body["data"]["job_id"], body["type"]) for body in list(told)}, "every webhook", 180.0)
     stand.wait(lambda: not any(stand.child_of(member) for member in house.members.values()), "the last child's end")
+    # A worker's last transfer may outlive its attempt by as long as the request takes; what it stored goes a round later.
+    end = time.monotonic() + _TRANSFER_S
+    while leftovers(world := _look(house, told, jobs, before)) and time.monotonic() < end:
+        time.sleep(1.0)
+    return world
+
+
+def _look(house: House, told: Sequence[dict[str, Any]], jobs: Sequence[Job], before: Sequence[Job]) -> World:
+    """Clean up, and return how things stand with ``jobs``; ``before``: those of earlier trials."""
+    stand = house.stand
     _clean(stand.settings)
-    # A study serves later jobs on the same model; blocks have no business here any more.
-    studies = {
-        f"things/{file['key']}" for part in stand.parts() if part.fingerprint.startswith("study-") for file in part.files["files"]
-    }
-    manifests = {job.id: _manifest(house, job) for job in jobs if job.artifact_prefix is not None}
+    earlier = {job.id for job in before}
     return World(
         jobs=jobs,
         events={job.id: stand.events(job.id) for job in jobs},
         attempts={job.id: stand.attempts(job.id) for job in jobs},
-        manifests=manifests,
-        keys=[key for key in house.stored() if not any(job.id in key for job in before) and key not in studies],
+        manifests={job.id: _manifest(house, job) for job in jobs if job.artifact_prefix is not None},
+        parts=[part for part in stand.parts() if part.job_id not in earlier],
+        keys=[key for key in house.stored() if not any(job_id in key for job_id in earlier)],
         read=house.read,
         orphan_uploads=house.orphan_uploads(),
         told=list(told),

@@ -125,10 +125,14 @@ def test_another_job_on_the_same_blocks_keeps_them(rows: Rows):
     assert stale(rows) == [prefix_of(OWNER, "f")]
 
 
-@pytest.mark.parametrize(("job", "fence", "kept"), [("own", 1, True), ("own", 2, False), ("other", 1, False)])
-def test_files_are_kept_for_the_attempt_that_a_row_names(rows: Rows, job: str, fence: int, kept: bool):
+@pytest.mark.parametrize(
+    ("job", "fence", "kept"), [("own", 1, {"block-00000", "block-00001"}), ("own", 2, set()), ("other", 1, set())]
+)
+def test_parts_are_kept_for_the_attempt_that_their_row_names(rows: Rows, job: str, fence: int, kept: set[str]):
     claim = rows.claimed()
-    keep(rows, claim)
+    for name in ("block-00000", "block-00001"):
+        keep(rows, claim, name)
+    keep(rows, claim, "block-00002", fingerprint="g")
     job_id = claim.job_id if job == "own" else "job_other"
 
-    assert rows.do(lambda work: work.blocks.is_kept(job_id, fence, prefix_of(OWNER, "f"))) is kept
+    assert rows.do(lambda work: work.blocks.kept_of(job_id, fence, prefix_of(OWNER, "f"))) == kept

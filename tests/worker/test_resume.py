@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.blocks import StoredFile
 from jobs.logs import Fields
 from jobs.status import JobStatus
+from jobs.storage import open_storage
 from tests.worker.stand import FAKE, OWNER, Stand, a_stand
 from worker.blocks import BlockKeeper
 from worker.leash import Interruption, Leash
@@ -151,11 +153,20 @@ def test_a_part_that_comes_after_the_lease_is_not_kept_and_ends_the_attempt(tmp_
         assert (keeper.stored, list(stand.parts()), sizes) == ([], [], [])
 
 
-def test_files_of_an_attempt_that_died_before_its_row_was_written_are_removed(tmp_path: Path):
-    with a_stand(tmp_path) as stand:
-        job_id = stand.post(announce=False)
-        place = stand.settings.objects_folder / f"blocks/{OWNER}/{'f' * 64}/{job_id}/a1/block-00000/shard"
-        place.parent.mkdir(parents=True)
-        place.write_bytes(b"half a thought")
+def test_a_part_whose_row_was_never_written_is_removed_and_the_attempts_other_parts_stay(keeping: Stand, tmp_path: Path):
+    stand = keeping
+    job_id = stand.post(announce=False)
+    fingerprint, file = "f" * 64, tmp_path / "half"
+    file.write_bytes(b"half a thought")
+    storage = open_storage(stand.settings)
+    claim = stand.do(lambda work: work.attempts.claim(job_id, "w", 600.0, ("gpu.cpu",)))
+    assert claim is not None
+    keys = [f"blocks/{OWNER}/{fingerprint}/{job_id}/a1/block-0000{number}/shard" for number in range(3)]
+    for key in keys:
+        storage.put_file(key, file)
+    row = StoredFile("shard", keys[1], 14, "0" * 64)
+    assert stand.do(lambda work: work.blocks.keep(claim, OWNER, fingerprint, "block-00001", [row]))
 
-        assert clean(stand) == []
+    assert clean(stand) == keys  # the attempt goes on: rows may follow
+    stand.change(job_id, status=JobStatus.CANCELLED, lease_until=None)
+    assert clean(stand) == [keys[1]]
