@@ -103,7 +103,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 def served(stand: Stand) -> httpx.Client:
     """Return a client of the API that the stand started, once it answers."""
-    client = httpx.Client(base_url=f"http://127.0.0.1:{stand.settings.port}", trust_env=False, timeout=30)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{stand.settings.port}", trust_env=False, timeout=120)
 
     def answers() -> bool:
         try:

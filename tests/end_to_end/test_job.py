@@ -25,7 +25,7 @@ def house(tiny_model_factory, tmp_path_factory) -> Iterator[tuple[httpx.Client, 
     folder = tmp_path_factory.mktemp("house")
     shutil.copytree(tiny_model_factory("qwen2_moe", dtype="bfloat16"), folder / "model")
     (folder / "calibration.txt").write_text(WORDS * 30)
-    with Service(folder) as service, httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+    with Service(folder) as service, httpx.Client(base_url=service.url, trust_env=False, timeout=120) as client:
         yield client, folder
 
 
@@ -39,7 +39,7 @@ def body(folder: Path, steps: list[dict[str, Any]], **more: Any) -> dict[str, An
     }
 
 
-def finished(client: httpx.Client, job_id: str, timeout_s: float = 180.0) -> dict[str, Any]:
+def finished(client: httpx.Client, job_id: str, timeout_s: float = 900.0) -> dict[str, Any]:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         job = client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=10"}).json()

@@ -145,7 +145,7 @@ class Stand:
         root = self.settings.objects_folder
         return sorted(path.relative_to(root).as_posix() for path in root.glob(f"artifacts/{job_id}/**/*") if path.is_file())
 
-    def wait(self, condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, timeout_s: float = 180.0) -> Any:
         """Wait until the condition holds; the timeout is for hangs only."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -154,7 +154,7 @@ class Stand:
             time.sleep(0.02)
         raise AssertionError(f"waited {timeout_s} s in vain for: {what}\n{self.logs()}")
 
-    def wait_over(self, job_id: str, timeout_s: float = 60.0) -> Job:
+    def wait_over(self, job_id: str, timeout_s: float = 180.0) -> Job:
         """Wait for a terminal status and return the row."""
         self.wait(lambda: self.job(job_id).is_over, f"the end of {job_id}", timeout_s)
         return self.job(job_id)
