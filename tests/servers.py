@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
+import psutil
 import psycopg
 import pytest
 import redis
@@ -77,9 +78,17 @@ class Server:
     def kill(self) -> None:
         """End it and all that it started, without a word."""
         assert self.process is not None
+        family: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # Backends of PostgreSQL lead sessions of their own; while a busy one lives, the next server refuses to start.
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=_DOWN_S)
 
     def restart(self, *, kill: bool = False) -> None:
         """End it and start it again."""

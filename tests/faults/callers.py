@@ -44,12 +44,12 @@ class Caller(threading.Thread):
         try:
             with self._house.client(self._owner) as client:
                 self.jobs = [self._post(client, place, body) for place, body in enumerate(self._bodies)]
+                unwanted = [job for job in self.jobs if self._chance.random() < self._cancels]  # before streams draw lots too
                 streams = [self._listening(job) for job in self.jobs]
+                for job in unwanted:
+                    self._cancel(client, job)
                 for job in self.jobs:
-                    if self._chance.random() < self._cancels:
-                        self._cancel(client, job)
-                for job in self.jobs:
-                    self._watch(client, job)
+                    self._watch(client, job, {"Prefer": "wait=2"})
                 for stream in streams:
                     stream.join(self._patience_s)
         except BaseException as error:
@@ -65,20 +65,23 @@ class Caller(threading.Thread):
         return self._until(send, "post", key=key)["id"]
 
     def _cancel(self, client: httpx.Client, job: str) -> None:
-        """Cancel a job: soon, whatever it is about, or when it has finished a block, which a retry would then find."""
-        if self._chance.random() < 0.5:
+        """Cancel a job: soon, whatever it is about, or, every other pair of callers, once it has finished a block."""
+        if self._number % 4 < 2:
             time.sleep(self._chance.random() * 2.0)
         else:
-            self._watch(client, job, lambda seen: (seen["progress"] or {}).get("block"))
+            self._watch(client, job, {}, lambda seen: (seen["progress"] or {}).get("block"))
         self._until(lambda: client.post(f"/v1/jobs/{job}/cancel"), "cancel", job=job)
 
-    def _watch(self, client: httpx.Client, job: str, enough: Callable[[dict[str, Any]], Any] = lambda _: False) -> None:
+    def _watch(
+        self, client: httpx.Client, job: str, headers: dict[str, str], enough: Callable[[dict[str, Any]], Any] = lambda _: False
+    ) -> None:
         """Look until the job is over, or what is seen is enough."""
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
-            seen = self._until(lambda: client.get(f"/v1/jobs/{job}", headers={"Prefer": "wait=2"}), "get", job=job)
+            seen = self._until(lambda: client.get(f"/v1/jobs/{job}", headers=headers), "get", job=job)
             if seen["status"] in OVER or enough(seen):
                 return
+            time.sleep(0.05)
         raise AssertionError(f"{job} was not over after {self._patience_s} s")
 
     def _until(self, send: Callable[[], httpx.Response], operation: str, **about: Any) -> dict[str, Any]:

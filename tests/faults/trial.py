@@ -17,8 +17,9 @@ from tests.faults.history import History, World, check, leftovers
 from tests.faults.house import House
 from worker.maintenance import Maintenance
 
-_TRANSFER_S = 30.0
 Fault = Callable[[House, random.Random], None]
+_TRANSFER_S = 30.0
+"""Seconds that a transfer may go on after its attempt."""
 
 
 def kill(house: House, chance: random.Random) -> None:
